@@ -237,9 +237,11 @@ class Channel:
             uptime_ms=reply.number("uptime_ms"),
         )
 
-    async def renew(self, identity: Identity) -> Renewed:
+    async def renew(self, identity: Identity, *, image: Mapping[str, object] | None = None) -> Renewed:
         """Give the guest its identity, a random seed and the time; later connections need ``identity.token``.
 
+        ``image``: what a guest whose agents see an imported image must know before one runs: its ``user`` ([uid, gid,
+        [further groups], home directory]), which is then called 'agent', and its ``env``.
         Raises ChannelError if any part failed: such a guest must be killed, not used.
         """
         reply = await self._ask(
@@ -254,6 +256,7 @@ class Channel:
             work_disk=identity.work_disk,
             sshd_ready=identity.sshd_ready,
             wall_ns=time.time_ns(),
+            image=image,
         )
         renewed = Renewed(**state(reply), done=reply.texts("done"), skipped=reply.texts("skipped"))
         if renewed.generation != identity.generation:

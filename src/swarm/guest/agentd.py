@@ -8,6 +8,9 @@ any secret exists, stays single-threaded, and forks every agent: Python agents r
 from it. The zygote is a subreaper, so everything that an agent leaves behind, even a daemon, is its descendant and is
 killed with the agent.
 
+In a VM whose agents see the files of an image (``--image``), the zygote changes its root to them (`enter_image`), and
+is the first process of a namespace of its own: agents see neither agentd nor its files. docs/adr/0028 says how.
+
 Wire format: ``>II`` lengths, JSON header (<= 64 KiB), payload (<= 1 MiB). A request has ``id`` and ``op``. Its replies
 carry that id, and the last one has ``ok`` or ``error``. Requests can be pipelined; ``after: id`` skips a request if the
 one with that id failed. After some, frames of their id go both ways until then. docs/adr/0004, 0005 and 0023 say why.
@@ -84,8 +87,25 @@ RNDADDENTROPY, RNDRESEEDCRNG = 0x40085203, 0x5207  # linux/random.h
 FIFREEZE, FITHAW = 0xC0045877, 0xC0045878  # linux/fs.h
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_NOATIME = 2, 4, 8, 1024
 IP_FREEBIND = 15
+MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 4096, 16384, 1 << 18, 2
+CLONE_FS, CLONE_NEWNS, CLONE_NEWPID = 0x200, 0x20000, 0x20000000  # linux/sched.h
+PIVOT_ROOT, OPEN_TREE, MOVE_MOUNT = 155, 428, 429  # numbers of system calls; the first is x86-64's
+AT_FDCWD, OPEN_TREE_CLONE, AT_RECURSIVE, MOVE_MOUNT_F_EMPTY_PATH = -100, 1, 0x8000, 4  # linux/mount.h
 TIOCSCTTY, TIOCSWINSZ, TIOCSIG = 0x540E, 0x5414, 0x40045436  # asm-generic/ioctls.h
 CGROUPS = "/sys/fs/cgroup"
+
+# Of a VM with an image: its work disk and its root, in the guest's own root, where no agent sees them
+HIDDEN = "/swarm"
+DISK = f"{HIDDEN}/disk"
+# What an agent's root has besides the image: where it is in the guest's own.
+SHOWN = {
+    "/dev": "/dev",
+    "/sys": "/sys",
+    "/work": f"{DISK}/work",
+    "/agent": "/agent",
+    **{path: path for path in ("/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/etc/machine-id")},
+}
+IMAGE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # of an image that says nothing else
 
 # Of files, directories, watches and ports
 BATCH = 256 << 10  # of what is sent in small pieces, as one frame; the capacity of a busy program's pipes
@@ -107,6 +127,7 @@ KINDS = {
 }
 TAR_KINDS = {stat.S_IFREG: b"0", stat.S_IFDIR: b"5", stat.S_IFLNK: b"2"}
 TAR_BLOCK = struct.Struct("100s8s8s8s12s12s8s1s355x")
+UCRED = struct.Struct("3i")  # unix(7)
 INOTIFY_EVENT = struct.Struct("iIII")  # and all below: inotify(7)
 IN_MODIFY, IN_ATTRIB, IN_CLOSE_WRITE, IN_MOVED_FROM, IN_MOVED_TO, IN_CREATE, IN_DELETE = 2, 4, 8, 64, 128, 256, 512
 IN_EVENTS = IN_MODIFY | IN_ATTRIB | IN_CLOSE_WRITE | IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE
@@ -327,6 +348,7 @@ class Zygote:
     def __init__(self, commands: socket.socket, in_vm: bool) -> None:
         self.commands = commands
         self.in_vm = in_vm
+        self.apart = in_vm and os.getpid() == 1  # in a namespace of its own, with all that it starts and nobody else
         self.main = 0  # pid of the agent that is running, or waiting for its order
         self.uid: int | None = None
         self.report = -1
@@ -376,12 +398,14 @@ class Zygote:
                     self.command(order, fds)
                 elif order["op"] == "leave":
                     self.leaves = True
+                elif order["op"] == "enter":
+                    self.enter(str(order["image"]), fds[0])
                 elif order["op"] == "abort" and self.main and self.status is None:
                     os.kill(self.main, signal.SIGABRT)
                 elif order["op"] == "kill" and self.main and self.status is None:
                     os.kill(self.main, signal.SIGKILL)  # our child, not yet waited for: the pid can't be reused
-                    if self.in_vm and self.uid:  # or hundreds of its children leave it no CPU time in which to die
-                        self.kill_all_of(self.uid)
+                    # Or hundreds of its children leave it no CPU time in which to die.
+                    self.kill_at_once()
             self.reap()
             if self.main and self.status is not None:
                 self.finish()
@@ -402,6 +426,16 @@ class Zygote:
                 failed[name] = f"{type(error).__name__}: {error}"
         return failed
 
+    @staticmethod
+    def enter(image: str, report: int) -> None:
+        said: Header = {"entered": True}
+        try:
+            enter_image(image)
+        except Exception as error:
+            said = {"cannot": f"{type(error).__name__}: {error}"}
+        os.write(report, json.dumps(said).encode())
+        os.close(report)
+
     def fork(self, order: Header, fds: list[int]) -> Job | None:
         self.report = fds[3]
         self.status, self.ended_ns, self.cpu_us, self.max_rss_kb = None, 0, 0, 0
@@ -416,7 +450,7 @@ class Zygote:
             self.commands.detach()  # or its finalizer would close a descriptor that the agent uses by then
             signal.set_wakeup_fd(-1)
             report = become(order, fds)
-            return Job(order, report) if order["op"] == "run" else wait_for_order(report)
+            return Job(order, report) if order["op"] == "run" else wait_for_order(report, warm=bool(order["warm"]))
         self.main = max(pid, 0)
         for fd in fds[:3]:
             os.close(fd)
@@ -566,26 +600,101 @@ class Zygote:
                 return False
             if now >= next_kill:
                 # Scanning /proc is slow with hundreds of processes, and takes CPU time that they need to die. So it is
-                # only used for those that a kill by user doesn't reach.
-                if self.in_vm and self.uid and kills % 4 < 3:
-                    self.kill_all_of(self.uid)
-                else:
+                # only used for those that a kill at once doesn't reach.
+                if kills % 4 == 3 or not self.kill_at_once():
                     signal_descendants(signal.SIGKILL)
                 kills, next_kill = kills + 1, time.monotonic() + 0.1
             poller.poll(20)
         return True
 
-    def kill_all_of(self, uid: int) -> None:
-        """kill(-1) as that user: one step in the kernel, which no fork bomb can outrun. Not in a child process, because
-        a fork may take long when the agent has used all memory. (Meanwhile the agent could kill this process too, which
-        would end its own attempt.)"""
-        os.setresuid(uid, uid, 0)
+    def kill_at_once(self) -> bool:
+        """kill(-1), where it reaches agents alone: one step in the kernel, that no fork bomb outruns. False if there
+        is no such step. In this process's own namespace it reaches all but this process; elsewhere it is done as the
+        agent's user. Not in a child process, because a fork may take long when the agent has used all memory.
+        (Meanwhile the agent could kill this process too, which would end its own attempt.)"""
+        if not self.apart and not (self.in_vm and self.uid):
+            return False
         try:
+            if not self.apart:
+                os.setresuid(self.uid, self.uid, 0)  # type: ignore[arg-type]
             os.kill(-1, signal.SIGKILL)
         except ProcessLookupError:
             pass
         finally:
-            os.setresuid(0, 0, 0)
+            if not self.apart:
+                os.setresuid(0, 0, 0)
+        return True
+
+
+def enter_image(image: str) -> None:
+    """Make an image's files, below those that agents write to the work disk, the root of this process and of all that
+    it forks. Whatever names the image has are looked up when its root is the only one: no link leads out of it."""
+    import encodings.ascii  # noqa: F401 - of `read_file`
+    import warnings  # noqa: F401 - of os.execvp
+
+    forbid_imports()
+    libc("unshare", CLONE_NEWNS)
+    libc("mount", None, b"/", None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None)
+    dirs = f"lowerdir={image},upperdir={DISK}/upper,workdir={DISK}/scratch"
+    libc("mount", b"image", f"{HIDDEN}/root".encode(), b"overlay", ctypes.c_ulong(MS_NOATIME), dirs.encode())
+    trees = {}
+    for path, source in SHOWN.items():
+        flags = OPEN_TREE_CLONE | AT_RECURSIVE | os.O_CLOEXEC
+        trees[path] = LIBC.syscall(OPEN_TREE, AT_FDCWD, source.encode(), flags)
+        if trees[path] < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, f"{source}: {os.strerror(code)}")
+    os.chdir(f"{HIDDEN}/root")
+    libc("syscall", PIVOT_ROOT, b".", b".")
+    libc("umount2", b".", MNT_DETACH)  # the old root, which is above the new one now
+    os.chdir("/")
+    for path, tree in trees.items():
+        make_place(path, stat.S_ISDIR(os.fstat(tree).st_mode))
+        libc("syscall", MOVE_MOUNT, tree, b"", AT_FDCWD, path.encode(), MOVE_MOUNT_F_EMPTY_PATH)
+        os.close(tree)
+    make_place("/proc", True)
+    libc("mount", b"proc", b"/proc", b"proc", ctypes.c_ulong(MS_NOSUID | MS_NODEV | MS_NOEXEC), None)
+    if not os.path.lexists("/tmp"):
+        os.mkdir("/tmp")
+        os.chmod("/tmp", 0o1777)
+
+
+def make_place(path: str, directory: bool) -> None:
+    """Have a directory, or a file, where something is to be mounted: an image may have none there, or a link."""
+    try:
+        there = stat.S_IFMT(os.lstat(path).st_mode)
+        if there == (stat.S_IFDIR if directory else stat.S_IFREG):
+            return
+        if there != stat.S_IFDIR:
+            os.unlink(path)
+    except FileNotFoundError:
+        pass
+    if directory:
+        os.mkdir(path, 0o755)
+    else:
+        make_parents(os.path.dirname(path))
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+
+
+def forbid_imports() -> None:
+    """From now on, no module is looked up in files: they may be an agent's."""
+    kept = [sys.modules["_frozen_importlib"].__dict__[name] for name in ("BuiltinImporter", "FrozenImporter")]
+    sys.meta_path[:] = kept
+
+
+def fork_apart() -> int:
+    """A fork that is the first process of a namespace of its own, where the kernel has such."""
+    try:
+        here = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        libc("unshare", CLONE_NEWPID)
+    except OSError as error:
+        log(f"no process namespace: {error}")
+        return os.fork()
+    pid = os.fork()
+    if pid:
+        libc("setns", here, CLONE_NEWPID)  # what else this process starts is not in it
+    os.close(here)
+    return pid
 
 
 def process(name: str) -> tuple[int, str] | None:
@@ -626,7 +735,7 @@ def is_stopped(pid: int) -> bool:
 def become(order: Header, fds: list[int]) -> int:
     """In the new child: drop everything inherited from the zygote. Returns the descriptor for reports.
 
-    From ``order`` it uses env and user ([uid, gid], or null for no change); the rest is for `run_job`.
+    From ``order`` it uses env and user ([uid, gid, further groups…], or null for no change); the rest is for `run_job`.
     """
     try:
         os.setsid()
@@ -655,7 +764,7 @@ def become(order: Header, fds: list[int]) -> int:
             os.setpriority(os.PRIO_PROCESS, 0, 0)
             if user[0]:
                 resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
-            os.setgroups([user[1]])
+            os.setgroups(user[1:])
             os.setgid(user[1])
             os.setuid(user[0])
         os.environ.clear()
@@ -675,11 +784,12 @@ def set_environment(order: Header) -> None:
         os.environ[name] = value
 
 
-def wait_for_order(report: int) -> Job:
+def wait_for_order(report: int, warm: bool) -> Job:
     """The process of the next agent, forked before a template is taken. All that needs no knowledge of the agent is
     done here, so that a clone needn't translate that code. It holds no secret, and renews the random state that it
     shares with its siblings when its order arrives."""
-    touch_pages()
+    if warm:
+        touch_pages()
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=report)
     buffer = bytearray(MAX_ORDER)
     sock.send(json.dumps({"ready": True, "cpu_us": time.process_time_ns() // 1000, "pid": os.getpid()}).encode())
@@ -863,11 +973,13 @@ def file_op(operation: FileOp) -> FileOp:
 
     def act(agentd: Agentd, connection: Connection, head: Header, payload: bytes) -> Header:
         user = head.get("user", "agent")
-        if user not in USERS:
+        if user not in agentd.users:
             raise Refused(f"no such user: {user!r:.40}")
         try:
+            if agentd.image_space >= 0:
+                libc("setns", agentd.image_space, CLONE_NEWNS)
             if agentd.in_vm:
-                act_as(*USERS[str(user)][:2])
+                act_as(*agentd.users[str(user)][:2])
             return operation(agentd, connection, head, payload)
         except UnicodeEncodeError:
             raise Refused("a name holds what no name can hold") from None
@@ -877,6 +989,8 @@ def file_op(operation: FileOp) -> FileOp:
         finally:
             if agentd.in_vm:
                 act_as(0, 0)
+            if agentd.image_space >= 0:
+                libc("setns", agentd.own_space, CLONE_NEWNS)
             be_patient(connection.sock, 0)
 
     return act
@@ -2079,12 +2193,18 @@ class Agentd:
     """The daemon's state, and one method for each operation, which takes (connection, header, payload) and returns the
     fields of its last reply."""
 
-    def __init__(self, zygote: socket.socket, zygote_pid: int, unix: str, root: str) -> None:
+    def __init__(self, zygote: socket.socket, zygote_pid: int, unix: str, root: str, image: str = "") -> None:
         self.zygote = zygote
         self.zygote_pid = zygote_pid
         self.unix = unix
         self.root = root  # "" in a VM
         self.in_vm = not root
+        self.image = image  # where it is mounted, if agents see an image's files
+        self.image_env: dict[str, str] = {}
+        self.own_space = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC) if image else -1
+        self.image_space = -1  # the mount namespace of agents, if it is another
+        self.users = dict(USERS)
+        self.groups: list[int] = []  # of user agent, besides its own
         self.token = key_of(word) if self.in_vm and (word := boot_token()) else None
         self.generation: str | None = None
         self.preload_failed: object = {}
@@ -2163,6 +2283,8 @@ class Agentd:
             log(f"can't start a thread: {error}")
 
     def attend(self, listener: socket.socket) -> None:
+        if self.image:
+            libc("unshare", CLONE_FS)  # or it could not go to another mount namespace
         while True:
             try:
                 sock, peer = listener.accept()
@@ -2294,6 +2416,8 @@ class Agentd:
         return {**self.identity(), "done": done, "skipped": [name for name in everything if name not in done]}
 
     def renew_vm(self, head: Header, done: list[str]) -> None:
+        if self.image and head.get("image") is not None:
+            self.take_image(head["image"])
         seed = bytes.fromhex(text(head, "seed"))
         hostname = text(head, "hostname")
         if seed:
@@ -2317,18 +2441,55 @@ class Agentd:
                     os.mkdir(path)
                 except FileExistsError:
                     pass
-            os.chown("/work", *USERS["agent"][:2])
+            os.chown("/work", *self.users["agent"][:2])
             self.placed = True
         if head.get("work_disk"):
             if not self.mounted:
                 flags = ctypes.c_ulong(MS_NODEV | MS_NOSUID | MS_NOATIME)
-                libc("mount", b"/dev/vdb", b"/work", b"ext4", flags, None)
-                os.chown("/work", *USERS["agent"][:2])
+                libc("mount", b"/dev/vdb", DISK.encode() if self.image else b"/work", b"ext4", flags, None)
+                if self.image:
+                    self.enter_image()
+                os.chown("/work", *self.users["agent"][:2])
                 self.mounted = True
             done.append("work")
         if text(head, "ssh_host_key") and self.has_sshd:
             self.renew_ssh(head)
             done.append("ssh")
+
+    def take_image(self, said: object) -> None:
+        """Learn as whom, and with which environment, the image's programs run: user agent is its user."""
+        assert isinstance(said, dict)
+        uid, gid, groups, home = said["user"]
+        self.users["agent"] = (uid, gid, home)
+        self.groups = [int(group) for group in groups]
+        self.image_env = {str(name): str(value) for name, value in said["env"].items()}
+
+    def enter_image(self) -> None:
+        """Have the zygote change its root, now that there is a disk to write to. /work is a directory on that."""
+        for name in ("work", "upper", "scratch"):
+            os.mkdir(f"{DISK}/{name}")
+        os.rename(f"{DISK}/out", f"{DISK}/work/out")
+        os.chown(f"{DISK}/work/out", *self.users["agent"][:2])
+        libc("mount", f"{DISK}/work".encode(), b"/work", None, ctypes.c_ulong(MS_BIND), None)
+        if self.cgroups is None:  # now, since what is mounted later can't be seen from there
+            self.cgroups = self.mount_cgroups()
+        theirs: list[int] = []
+        report = Program.pipe(theirs)
+        try:
+            os.set_blocking(report, True)
+            self.order({"op": "enter", "image": self.image}, (theirs[0],))
+            os.close(theirs.pop())
+            said = json.loads(os.read(report, MAX_HEADER) or b'{"cannot": "the zygote died"}')
+        finally:
+            for fd in (report, *theirs):
+                os.close(fd)
+        if "cannot" in said:
+            raise RuntimeError(f"can't enter the image: {said['cannot']}")
+        forbid_imports()  # threads of this process go there too
+        self.image_space = os.open(f"/proc/{self.zygote_pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        if self.next:  # it was forked before, with the other root
+            self.next.close()
+            self.next = None
 
     def renew_ssh(self, head: Header) -> None:
         """A template holds no sshd: keys are written when the first one starts, and read by the `sshd -i` of each
@@ -2475,9 +2636,9 @@ class Agentd:
     def owner(self, head: Header) -> tuple[int, int] | None:
         """Who will own the files; None on the host, where owners don't change."""
         name = text(head, "owner")
-        if name not in USERS:
+        if name not in self.users:
             raise Refused(f"no such user: {name!r:.40}")
-        return USERS[name][:2] if self.in_vm else None
+        return self.users[name][:2] if self.in_vm else None
 
     def get(self, connection: Connection, head: Header, _: bytes) -> Header:
         """Send a regular file of at most ``limit`` bytes. ``found`` is false if it doesn't exist."""
@@ -2778,7 +2939,8 @@ class Agentd:
         reader, writer = os.pipe2(os.O_CLOEXEC)
         with open(reader, "rb", buffering=0) as file:
             try:
-                self.order({"op": "stop", "spared": self.waiting_pid()}, (writer,))
+                spared = self.next.inner_pid if self.next else 0
+                self.order({"op": "stop", "spared": spared}, (writer,))
             finally:
                 os.close(writer)
             poller = select.poll()
@@ -2852,14 +3014,19 @@ class Agentd:
         try:
             links = AgentLinks()
             try:
-                order: Header = {"op": "park", "user": list(USERS["agent"][:2]), "env": self.environment("agent")}
+                order: Header = {"op": "park", "user": self.rights("agent"), "env": self.environment("agent")}
+                order["warm"] = not self.image
+                if self.image:  # it knows only the number that it has in its own namespace
+                    links.report.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
                 links.hand_over(self, order)
                 links.report.settimeout(IO_SECONDS)
-                said = json.loads(links.report.recv(4096) or b"{}")
+                data, sender, _, _ = links.report.recvmsg(4096, socket.CMSG_SPACE(UCRED.size))
+                said = json.loads(data or b"{}")
                 if not said.get("ready"):
                     raise RuntimeError(f"the next agent's process was not made: {said.get('cannot') or 'it died'}")
                 links.report.settimeout(None)
-                links.cpu_us, links.pid = said["cpu_us"], said["pid"]
+                links.cpu_us, links.inner_pid = said["cpu_us"], said["pid"]
+                links.pid = UCRED.unpack(sender[0][2])[0] if sender else links.inner_pid
             except BaseException:
                 links.close()
                 raise
@@ -2874,24 +3041,38 @@ class Agentd:
             raise Refused("argv must be a list of texts without NUL")
         if not isinstance(env, dict) or not all(isinstance(v, str) and "\0" not in k + v for k, v in env.items()):
             raise Refused("env must map texts to texts, without NUL")
-        if user not in USERS:
+        if user not in self.users:
             raise Refused(f"no such user: {user!r:.40}")
-        uid, gid, home = USERS[user]
-        home = home if self.in_vm else "/work"
+        home = "/work" if user == "agent" or not self.in_vm else "/" if self.image else self.users[user][2]
         cwd = home if head.get("cwd") is None else os.path.join(home, text(head, "cwd"))
         return user, {
             "argv": [self.inside(argv[0]), *argv[1:]],
             "env": env,  # plus the user's environment, unless the process has it already
             "cwd": self.inside(cwd),
-            "user": [uid, gid] if self.in_vm else None,
+            "user": self.rights(user) if self.in_vm else None,
         }
 
+    def rights(self, user: str) -> list[int]:
+        """Its uid, gid, and further groups."""
+        return [*self.users[user][:2], *(self.groups if user == "agent" else ())]
+
     def environment(self, user: str) -> dict[str, str]:
+        if self.image:
+            return {
+                **PASSED_ENV,
+                "PATH": IMAGE_PATH,
+                "HOME": self.users[user][2],
+                "LANG": "C.UTF-8",
+                "SWARM_WORK": "/work",
+                "SWARM_AGENT": "/agent",
+                "PYTHONFAULTHANDLER": "1",
+                **self.image_env,
+            }
         sbin = "/usr/local/sbin:/usr/sbin:/sbin:" if user == "root" else ""
         return {
             **PASSED_ENV,
             "PATH": f"{sbin}/usr/local/bin:/usr/bin:/bin",
-            "HOME": self.inside(USERS[user][2]),
+            "HOME": self.inside(self.users[user][2]),
             "USER": user,
             "LOGNAME": user,
             "LANG": "C.UTF-8",
@@ -3051,7 +3232,8 @@ class AgentLinks:
         pipes = {"stdout": os.pipe2(os.O_CLOEXEC), "stderr": os.pipe2(os.O_CLOEXEC)}
         self.writers = [pair[1] for pair in pipes.values()]
         self.reading = {pair[0]: name for name, pair in pipes.items()}
-        self.cpu_us = self.pid = 0  # of a waiting process; the time that it used before it got its order
+        self.cpu_us = 0  # of a waiting process: the time that it used before it got its order
+        self.pid = self.inner_pid = 0  # in this process's namespace, and in its own
 
     def hand_over(self, agentd: Agentd, order: Header, stdin: bytes = b"") -> None:
         """Send the other ends to the zygote, for the process that it will fork."""
@@ -3423,7 +3605,7 @@ class Program:
             os.set_blocking(self.input_fd, False)
             fcntl.ioctl(slave, TIOCSWINSZ, self.size)
             if self.agentd.in_vm:
-                os.fchown(slave, USERS[self.user][0], -1)
+                os.fchown(slave, self.agentd.users[self.user][0], -1)
             self.reading[self.input_fd] = "stdout"
         else:
             if stdin or self.more_stdin:
@@ -3840,7 +4022,7 @@ class Spare:
             theirs += [os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)] * 3
             self.sock, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             theirs.append(other.detach())
-            user = list(USERS["agent"][:2]) if agentd.in_vm else None
+            user = agentd.rights("agent") if agentd.in_vm else None
             order = {"op": "spare", "user": user, "env": {}, "cgroup": self.group}
         self.ending = Program.pipe(theirs)
         try:
@@ -3892,7 +4074,7 @@ def in_group(pid: int) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    options = {"--listen": "172.16.0.2:1024", "--unix": "", "--root": "", "--preload": ""}
+    options = {"--listen": "172.16.0.2:1024", "--unix": "", "--root": "", "--preload": "", "--image": ""}
     for name, value in zip(arguments[::2], arguments[1::2], strict=True):
         if name not in options:
             sys.exit(f"agentd: unknown option {name}; use one of {', '.join(options)}")
@@ -3910,7 +4092,7 @@ def main(arguments: list[str]) -> int:
         os.setpriority(os.PRIO_PROCESS, 0, -20)  # to be able to kill hundreds of busy processes
         keep_resident()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pid = os.fork()
+    pid = fork_apart() if options["--image"] else os.fork()
     if pid == 0:
         ours.close()
         job = Zygote(theirs, in_vm=not unix).serve([name for name in options["--preload"].split(",") if name])
@@ -3918,7 +4100,7 @@ def main(arguments: list[str]) -> int:
         return 0
     theirs.close()
     host, _, port = options["--listen"].rpartition(":")
-    Agentd(ours, pid, unix, root).serve(host, int(port))
+    Agentd(ours, pid, unix, root, options["--image"]).serve(host, int(port))
     return 0
 
 

@@ -19,7 +19,7 @@ GUEST_MAC = "06:00:ac:10:00:02"
 TAP_NAME = "tap0"
 TAP_MAC = "06:00:ac:10:00:01"
 AGENTD_PORT = 1024
-# The third disk, after the root and the work disk.
+# The third disk, after the root and the work disk: a layer, or an imported image.
 LAYER_DEVICE = "vdc"
 # At the guest's gateway address, open only while its attempt runs: gateway to services, proxy to allowed domains.
 GATEWAY_PORT = 8080
@@ -240,8 +240,14 @@ def kernel_command_line(spec: VmSpec, *extra: str, token: bytes) -> str:
     secret = [f"swarm.token={token.hex()}"] if token else []
     preload = [f"swarm.preload={','.join(spec.preload)}"] if spec.preload else []
     # Without a dot in its name, the kernel passes it to init as environment: init has no /proc to read it from yet.
-    layer = [f"swarm_layer={LAYER_DEVICE}"] if spec.layer else []
+    layer = [f"swarm_{'root' if spec.layer.root else 'layer'}={LAYER_DEVICE}"] if spec.layer else []
     return " ".join((spec.image.boot_args, *extra, *layer, *preload, *secret)).strip()
+
+
+def told_to_guest(spec: VmSpec) -> dict[str, object] | None:
+    """What agentd must know of the imported image that agents see, if they see one: see `Channel.renew`."""
+    root = spec.layer.root if spec.layer else None
+    return {"user": list(root.user), "env": dict(root.env)} if root else None
 
 
 def host_tsc_khz() -> int:

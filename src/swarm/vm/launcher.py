@@ -25,7 +25,7 @@ from swarm.base.log import logger
 from swarm.channel import Channel, Identity
 from swarm.errors import BootFailed, ChannelError, OutcomeUnknown, SwarmError
 from swarm.vm.choose import Choice
-from swarm.vm.driver import GUEST_GATEWAY, Slot, Snapshot, Template, Vm, VmSpec
+from swarm.vm.driver import GUEST_GATEWAY, Slot, Snapshot, Template, Vm, VmSpec, told_to_guest
 from swarm.vm.drivers.console import last_lines, printable
 from swarm.vm.drivers.disk import WORK_DISK, used_bytes
 from swarm.vm.live import Assignment, LiveVm, check_renewed, record, report, while_alive
@@ -360,7 +360,7 @@ class Launcher:
         n = vm_slot.lease.n
         channel = await self._connect(vm, n, token, undo, listening=listening, preloads=bool(spec.preload))
         timeline.mark("answered")
-        renewed = await while_alive(vm, channel.renew(identity))
+        renewed = await while_alive(vm, channel.renew(identity, image=told_to_guest(spec)))
         check_renewed(renewed, identity, may_skip=not self._driver.networked)
         return LiveVm(n=n, spec=spec, vm=vm, channel=channel, renewed=renewed, vm_slot=vm_slot, identity=identity)
 
@@ -427,7 +427,7 @@ class Launcher:
     async def _build_template(self, spec: VmSpec, dir: Path) -> bytes:
         """Boot a VM, warm it up, and write its snapshot into ``dir``. Returns the token that its clones will know."""
         token = secrets.token_bytes(TOKEN_BYTES)
-        full = replace(spec, preload=(*COMMON_MODULES, *spec.preload))
+        full = replace(spec, preload=() if told_to_guest(spec) else (*COMMON_MODULES, *spec.preload))
         async with undoing() as undo:
             vm_slot = await self.slots.take(undo)
             first = secrets.token_bytes(TOKEN_BYTES)  # clones' agents can read it, and it opens none of them
@@ -439,7 +439,7 @@ class Launcher:
                     said = "; ".join(f"{name}: {printable(why.encode())[:200]}" for name, why in failed.items())
                     raise BootFailed(f"preloads of the agent's manifest can't be imported: {said}", retryable=False)
                 keeps_disk = getattr(self._driver, "keeps_disk", False)
-                await while_alive(vm, warm_template(channel, token, work_disk=keeps_disk))
+                await while_alive(vm, warm_template(channel, token, spec=spec, work_disk=keeps_disk))
             # The connection is closed, and with SO_LINGER 0 the guest keeps no TCP state of it.
             await vm.snapshot(dir)
         return token

@@ -26,9 +26,9 @@ from typing import Final
 from swarm.base.aio import finish_uninterrupted, quietly, undoing
 from swarm.base.log import logger
 from swarm.errors import HostError, SwarmError
-from swarm.vm.driver import Template, VmSpec
+from swarm.vm.driver import Template, VmSpec, told_to_guest
 from swarm.vm.launcher import Assignment, Launcher, LiveVm
-from swarm.vm.warmup import warm_vm
+from swarm.vm.warmup import warm_image, warm_vm
 
 log = logger(__name__)
 
@@ -270,7 +270,8 @@ class Pool:
         async with undoing() as undo:
             live = await self._launcher.clone(stock.template, undo)
             _set_priority(live.vm.pid, _LOWEST)  # the rest yields to VMs in use
-            await live.while_alive(warm_vm(live.channel))
+            own_root = told_to_guest(stock.template.spec) is None
+            await live.while_alive(warm_vm(live.channel) if own_root else warm_image(live.channel))
             await self._launcher.renew(live)
             exited = asyncio.ensure_future(live.vm.wait())
             exited.add_done_callback(lambda _: self._work.set())

@@ -5,10 +5,13 @@ It shapes a template, so the text of this file is in the template's key.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 
 from swarm.channel import Channel, Identity
+from swarm.errors import AgentFailed, AgentTimeout
+from swarm.vm.driver import Root, VmSpec, told_to_guest
 from swarm.vm.slots import ssh
 
 # What agents in Python import most. In a clone, where no code is translated yet, `import pathlib` alone takes 80 ms. It
@@ -23,10 +26,11 @@ COMMON_MODULES = (
 SEED_BYTES = 64
 
 
-async def warm_template(channel: Channel, token: bytes, *, work_disk: bool) -> None:
+async def warm_template(channel: Channel, token: bytes, *, spec: VmSpec, work_disk: bool) -> None:
     """Do once here what every clone would do: copy files up, read pages, open sockets, start threads, make interpreter
     state. The identity is a placeholder: its host key is used nowhere, and every clone gets its own before it is
     used."""
+    image = told_to_guest(spec)
     placeholder = Identity(
         generation="template",
         seed=os.urandom(SEED_BYTES),
@@ -37,7 +41,13 @@ async def warm_template(channel: Channel, token: bytes, *, work_disk: bool) -> N
         token=token,
         work_disk=work_disk,  # a template's memory must not know a disk that its clones don't have
     )
-    await channel.renew(placeholder)
+    await channel.renew(placeholder, image=image)
+    if spec.layer and spec.layer.root:
+        await _read_programs(channel, spec.layer.root)
+        for _ in range(3):
+            await warm_image(channel)
+        await channel.renew(placeholder)
+        return
     program = f"/agent/{secrets.token_hex(8)}.py"
     code = b"import json, pathlib, sys\njson.dumps(json.loads('{}'))\n"
     await channel.put({program.removeprefix("/agent/"): code}, dest="/agent", owner="root")
@@ -48,6 +58,40 @@ async def warm_template(channel: Channel, token: bytes, *, work_disk: bool) -> N
         await channel.run(["/bin/sh", "-c", "rm /work/.warmup && sync"], user="root", cwd="/", timeout_seconds=60)
     await channel.run(["/bin/rm", program], user="root", cwd="/", timeout_seconds=60)
     await channel.renew(placeholder)  # agentd forks the next agent's process ahead, so the template contains it
+
+
+# A program that needs no file but its own: an image may have none. (ELF, x86-64: exit(0).)
+_NOTHING = bytes.fromhex(
+    "7f454c4602010100000000000000000002003e0001000000780040000000000040000000000000000000000000000000"
+    "000000004000380001000000000000000100000005000000000000000000000000004000000000000000400000000000"
+    "81000000000000008100000000000000001000000000000031ffb83c0000000f05"
+)
+# It runs in the guest's interpreter, which can import nothing that it has not imported yet.
+_CLEAN_IMAGE = b"""\
+import os
+for name in ("/agent/.practice", "/agent/.clean.py", "/work/.practice"):
+    os.remove(name)
+os.sync()
+"""
+
+
+async def _read_programs(channel: Channel, root: Root) -> None:
+    """Start what most programs of an image are started by, if it is there, so that clones need not read it from disk.
+    What it says doesn't matter; that it does something useful is not expected of it."""
+    python = [[root.python, "-B", "-c", f"import {', '.join(COMMON_MODULES)}"]] if root.python else []
+    for argv in (["/bin/sh", "-c", ":"], *python):
+        with contextlib.suppress(AgentFailed, AgentTimeout):
+            await channel.run(argv, timeout_seconds=60)
+
+
+async def warm_image(channel: Channel) -> None:
+    """As `warm_vm`, where agents see an image's files: practice of what every agent needs, and its traces removed."""
+    await channel.put({".practice": _NOTHING}, dest="/agent", owner="root", mode=0o755)
+    await channel.put({".practice": _INPUT}, dest="/work", owner="agent")
+    await channel.run(["/agent/.practice"], timeout_seconds=60)
+    await channel.get("/work/.practice", limit_bytes=1000)
+    await channel.put({".clean.py": _CLEAN_IMAGE}, dest="/agent", owner="root")
+    await channel.run(["/agent/.clean.py"], warm=True, user="root", timeout_seconds=60)
 
 
 _PRACTICE = b'''"""Practice: what an agent does."""

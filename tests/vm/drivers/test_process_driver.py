@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from swarm.base import process
 from swarm.channel import Channel, Identity
 from swarm.errors import BootFailed, HostError
-from swarm.vm.driver import Driver, Image, Template, Vm, VmSpec
+from swarm.vm.driver import Driver, Image, Layer, Root, Template, Vm, VmSpec
 from swarm.vm.drivers.process import ProcessDriver
 
 NOTHING = Path(os.devnull)
@@ -50,6 +51,11 @@ async def test_probe() -> None:
     assert not probe.snapshots
     assert not driver.networked
     assert "without any isolation" in probe.reason
+
+
+async def test_an_imported_image_is_refused(place: Path) -> None:
+    with pytest.raises(BootFailed, match="needs a VM"):
+        await ProcessDriver().boot(replace(SPEC, layer=Layer(digest="d", path=NOTHING, root=Root())), None, place)
 
 
 async def test_it_ends_also_when_its_owner_has_no_descriptors_left(place: Path) -> None:

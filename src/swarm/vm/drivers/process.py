@@ -115,6 +115,8 @@ class ProcessDriver:
                 f"{_socket(dir)} is too long for a Unix socket ({_MAX_SOCKET_PATH} bytes): set a shorter state_dir",
                 retryable=False,
             )
+        if spec.layer and spec.layer.root:
+            raise BootFailed("an imported image needs a VM: SWARM_DRIVER is process", retryable=False)
         _root(dir).mkdir(parents=True, exist_ok=True)
         try:
             # agentd passes PYTHONPATH on to agents.
