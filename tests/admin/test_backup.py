@@ -22,7 +22,7 @@ from swarm.errors import Conflict, HostError, StoreError, SwarmError, UsageError
 from swarm.store.sql import backup as copies
 from swarm.store.sql.database import OLDER
 from swarm.store.store import Store
-from tests.store.databases import Backend, Outside, SqliteBackend, insert
+from tests.store.databases import Backend, Outside, PostgresBackend, SqliteBackend, insert
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,23 @@ async def test_pg_restore_would_leave_what_is_newer(postgresql_url: str, tmp_pat
     (place / backup.MANIFEST).write_text(json.dumps(about | {"revision": OLDER[-1]}))
     with pytest.raises(Conflict, match="put it into a new, empty one"):
         await backup.put_back(postgresql_url, agents, place, replace=True)
+
+
+async def test_a_server_without_a_role_that_has_rights(
+    postgresql: PostgresBackend, postgresql_url: str, tmp_path: Path
+) -> None:
+    agents, place, empty = tmp_path / "agents", tmp_path / "made", postgresql.empty()
+    with closing(postgresql.outside(postgresql_url)) as admin:
+        admin.execute('CREATE ROLE "of another server"')
+        async with Store.open(postgresql_url) as store:
+            await store.grants("of another server", run=True)
+        await backup.make(postgresql_url, agents, place, now_ms=0)
+        admin.execute('DROP OWNED BY "of another server"')
+        admin.execute('DROP ROLE "of another server"')
+    with pytest.raises(HostError, match="rights for the role of another server, which this server does not have"):
+        await backup.put_back(empty, agents, place, replace=False)
+    with closing(postgresql.outside(empty)) as there:
+        assert there.execute("SELECT count(*) FROM pg_class WHERE relname = 'tickets'") == [(0,)]
 
 
 async def test_no_backup_replaces_another(here: Place, made: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import sqlite3
 import tempfile
 import time
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import Final
 
 from swarm.base import process
-from swarm.errors import Conflict, HostError, UsageError
+from swarm.errors import CommandFailed, Conflict, HostError, UsageError
 from swarm.store.sql.database import Database
 
 _PAGES: Final = 2048  # copied between two looks at whether to go on
 _HOURS_SECONDS: Final = 24 * 3600.0
 _ALONE_SECONDS: Final = 3.0  # in which another program's transaction may end
+_NO_ROLE: Final = re.compile(r'role "(.+)" does not exist\nCommand was: (?:GRANT|REVOKE) ')
 _PARTS: Final = ("-wal", "-shm", "-journal")
 
 
@@ -141,12 +143,20 @@ async def dump(url: str, target: Path) -> None:
 async def put_dump_back(url: str, dumped: Path) -> None:
     """In one transaction: what the dump holds replaces what is there. Raises HostError."""
     with _service(url) as env:
-        await _run(
-            "pg_restore",
-            *("--clean", "--if-exists", "--no-owner", "--exit-on-error", "--single-transaction", "--no-password"),
-            *("--dbname=service=swarm", str(dumped)),
-            env=env,
-        )
+        try:
+            await _run(
+                "pg_restore",
+                *("--clean", "--if-exists", "--no-owner", "--exit-on-error", "--single-transaction", "--no-password"),
+                *("--dbname=service=swarm", str(dumped)),
+                env=env,
+            )
+        except CommandFailed as error:
+            if (found := _NO_ROLE.search(error.stderr)) is None:
+                raise
+            raise HostError(
+                f"the backup has rights for the role {found[1]}, which this server does not have; nothing was changed: "
+                f"`createuser {found[1]}` makes it, then again"
+            ) from None
 
 
 async def _run(program: str, *arguments: str, env: dict[str, str]) -> None:
