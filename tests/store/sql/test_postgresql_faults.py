@@ -202,6 +202,30 @@ async def test_a_database_that_swarm_can_not_use(own_server: postgres_here.Serve
         assert sentence in str(caught.value) and PASSWORD not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("postgresql://127.0.0.1:1/x?user=swarm&password=gehe%40im", r"x\?user=swarm&password=\*\*\* \(.* refused"),
+        (
+            "postgresql://swarm@127.0.0.1:1/x?sslpassword=geheim&sslmode=disable",
+            r"sslpassword=\*\*\*&sslmode",
+        ),
+        ("postgresql://swarm:gehe%zz@127.0.0.1:1/x", "a '%' in its user or password is written %25"),
+        ("postgresql://swarm:x@geheim@127.0.0.1:1/x", "an '@' %40"),
+        ("postgresql://swarm:geheim/x@127.0.0.1:1/x", "a '/' %2F"),
+        ("postgresql://swarm:geheim x@127.0.0.1:1/x", "a space %20"),
+        ("postgresql://swarm:geheim@127.0.0.1:1/x?hots=x", 'invalid URI query parameter: "hots"'),
+        ("password=geheim host=127.0.0.1 dbname=x", "bad database URL 'password=\\*\\*\\* host=127"),
+        ("host=127.0.0.1 password = 'gehe im\\'heim' dbname=x", "bad database URL .*password = \\*\\*\\* dbname"),
+    ],
+)
+async def test_no_sentence_has_a_part_of_the_password(url: str, sentence: str) -> None:
+    with pytest.raises((UsageError, StoreError), match=sentence) as caught:
+        async with Store.open(url):
+            pass
+    assert "heim" not in str(caught.value) and "gehe" not in str(caught.value)
+
+
 async def test_what_is_wrong_with_each_address_of_a_host_is_said_once() -> None:
     """Nothing listens there."""
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -24,10 +24,14 @@ OUT_OF_MEMORY: Final = "out of memory in the database {place}"
 _ATTEMPT: Final = re.compile(r"(?:- host: .*?, hostaddr: .*?: )?connection failed: ")
 _ATTEMPTS: Final = "Multiple connection attempts failed"
 _PASSWORD: Final = re.compile(r"^((?:[^:]*://)?+[^:]*):.*(?=@)", re.S)
+# PostgreSQL takes it there as well; and somebody may have written no URL, but what libpq takes in its place.
+_IN_QUERY: Final = re.compile(r"([?&](?:ssl)?password=)[^&]*", re.S)
+_IN_WORDS: Final = re.compile(r"((?:^|\s)(?:ssl)?password\s*=\s*)(?:'(?:[^'\\]|\\.)*'?|\S+)", re.S)
 
 
 def without_password(url: str) -> str:
-    return _PASSWORD.sub(r"\1:***", url)
+    url = _PASSWORD.sub(r"\1:***", url)
+    return _IN_QUERY.sub(r"\1***", url) if "://" in url else _IN_WORDS.sub(r"\1***", url)
 
 
 class Sql(str):

@@ -59,6 +59,7 @@ _ERRORS: Final[tuple[tuple[tuple[str, ...], str], ...]] = (
     (("08", "57P"), _LOST),
     (("53",), "the database {place} is out of resources ({error})"),
 )
+_ESCAPES: Final = "a '%' in its user or password is written %25, an '@' %40, a '/' %2F, a ':' %3A, a space %20"
 _UNREACHABLE: Final = "can't reach the database {place} ({error}); is it running, and are address and password right?"
 
 
@@ -73,13 +74,29 @@ class _Number(Loader):
         return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
-def _parameters(url: str) -> dict[str, Any]:
-    """Of `psycopg.connect`."""
+def _parsed(url: str) -> dict[str, Any]:
     scheme, _, rest = url.partition("://")
+    return psycopg.conninfo.conninfo_to_dict(f"{scheme.partition('+')[0]}://{rest}")
+
+
+def _parameters(url: str) -> dict[str, Any]:
+    """Of `psycopg.connect`. Raises UsageError."""
+    told = without_password(url)
     try:
-        parameters = psycopg.conninfo.conninfo_to_dict(f"{scheme.partition('+')[0]}://{rest}")
-    except psycopg.Error as error:
-        raise UsageError(f"bad database URL {without_password(url)!r}: {str(error).strip()}") from None
+        parameters = _parsed(url)
+        # libpq's own words about what follows a password that ends too early would be the rest of that.
+        hosts, ports = (str(parameters.get(name) or "").split(",") for name in ("host", "port"))
+        if any("@" in host[1:] for host in hosts if host[:1] != "/") or not all(
+            port.isdecimal() for port in filter(None, ports)
+        ):
+            raise UsageError(f"bad database URL {told!r}: {_ESCAPES}")
+    except psycopg.Error:
+        try:
+            _parsed(told)
+            why = _ESCAPES
+        except psycopg.Error as error:
+            why = str(error).strip()
+        raise UsageError(f"bad database URL {told!r}: {why}") from None
     return {
         "application_name": "swarm",
         "connect_timeout": 10,
