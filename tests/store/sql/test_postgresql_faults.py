@@ -18,6 +18,10 @@ import pytest
 
 from swarm.errors import Locked, StoreError, UsageError
 from swarm.model import Ticket
+from swarm.store.sql.database import Database
+from swarm.store.sql.dialect import Sql
+from swarm.store.sql.threads import ConnectionThread
+from swarm.store.sql.transaction import Tx
 from swarm.store.store import Store
 from tests import postgres_here
 from tests.conftest import need
@@ -184,6 +188,33 @@ async def test_a_lock_that_is_held_for_too_long(postgresql_url: str, outside: Ou
         assert len(await store.tickets()) == 1
         outside.execute("ROLLBACK")
         await works(store)
+
+
+async def test_others_that_come_between_always(postgresql: PostgresBackend, postgresql_url: str) -> None:
+    """As one program does that adds tickets all the time, in transactions that are serializable too."""
+    thread = ConnectionThread(Database(postgresql_url, busy_timeout_seconds=600.0), write=True)
+    got_in = list[bool]()
+
+    def count(tx: Tx) -> int:
+        [row] = tx.all(Sql("SELECT count(*) AS tickets FROM tickets"))
+        with contextlib.closing(postgresql.outside(postgresql_url)) as other:
+            other.execute("BEGIN ISOLATION LEVEL SERIALIZABLE")
+            other.execute("SET LOCAL lock_timeout = '1s'")
+            other.execute("SELECT count(*) FROM tickets")
+            try:
+                other.execute("INSERT INTO tickets (title) VALUES ('theirs')")
+                other.execute("COMMIT")
+                got_in.append(True)
+            except psycopg.errors.LockNotAvailable:
+                got_in.append(False)
+        tx.run(Sql("INSERT INTO tickets (title) VALUES ('ours')"))
+        return int(row.tickets)
+
+    try:
+        assert await thread.call(count) == len(got_in) - 1 == 8
+    finally:
+        await thread.close()
+    assert got_in == [True] * 8 + [False]
 
 
 async def test_a_database_that_swarm_can_not_use(own_server: postgres_here.Server, hurt: Store, tmp_path: Path) -> None:

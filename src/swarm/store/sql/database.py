@@ -111,12 +111,14 @@ class Database:
         return connection
 
     @contextmanager
-    def transaction(self, connection: Connection, *, optimistic: bool = False, shared: bool = False) -> Iterator[Tx]:
+    def transaction(
+        self, connection: Connection, *, optimistic: bool = False, shared: bool = False, alone: bool = False
+    ) -> Iterator[Tx]:
         """Commits at the end, rolls back on any exception. Raises StoreError when the database itself fails.
 
         ``optimistic``: begin without the write lock, and take it when something is written. What was read before must
         still be true then: else nothing is written, and Outdated is raised. ``shared``: see `Dialect.begin_shared`, and
-        `Tx.exact`.
+        `Tx.exact`. ``alone``: see `Dialect.alone`.
         """
         opened = connection.opened
         if opened is not None:
@@ -134,6 +136,8 @@ class Database:
         try:
             with self.errors(connection):
                 tx.begin(begin)
+                if alone:
+                    tx.keep_others_out()
                 yield tx
                 tx.commit()
         except BaseException as error:

@@ -77,6 +77,9 @@ class Dialect:
     # Of a transaction that others came between, before it takes the lock from the start. None: there is no such lock,
     # and it is tried again until the busy timeout.
     tries: int | None
+    # Statements that keep others from writing tickets, for a transaction that has been refused too often. They may
+    # fail as locked: it is then tried without them.
+    alone: tuple[str, ...]
     translate: Callable[[str], str] | None  # a statement as the driver takes it
     streaming: Callable[[Any], Any]  # (driver's connection): a cursor for results that may not fit into memory
     # Sends statements one after the other, without waiting for each answer.

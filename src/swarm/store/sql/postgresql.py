@@ -283,6 +283,11 @@ POSTGRESQL: Final = Dialect(
     lock=None,
     warm_up=None,
     tries=None,
+    # Not for long: whoever writes after this one waits behind it.
+    alone=(
+        "SET LOCAL lock_timeout = '100ms'",
+        "LOCK TABLE tickets, ticket_dependencies IN SHARE ROW EXCLUSIVE MODE",
+    ),
     translate=translate,
     streaming=lambda connection: connection.cursor(name=f"swarm_{next(_numbers)}"),  # the server keeps the rows
     pipeline=psycopg.Connection.pipeline,

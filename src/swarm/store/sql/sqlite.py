@@ -194,6 +194,7 @@ SQLITE: Final = Dialect(
     has_ended="",
     lock="UPDATE clock SET offset_ms = 0 WHERE 0",
     warm_up=_WARM_UP,
+    alone=(),
     tries=3,
     translate=None,
     pipeline=None,

@@ -40,6 +40,7 @@ Result = TypeVar("Result")
 Batch = Callable[[Tx, Sequence[Request]], Sequence[Result | SwarmError]]
 
 _MEMORY_PAUSE_SECONDS: Final = 0.1
+_REFUSALS: Final = 8  # of a transaction, before it keeps others out; and then again, if it could not
 GROUP: Final = 256  # requests in one transaction: bounds how long other processes wait for the write lock
 
 
@@ -280,7 +281,8 @@ class ConnectionThread:
         until = time.monotonic() + self._database.busy_timeout_seconds
         for number in itertools.count(1):
             try:
-                return self._transaction(jobs, optimistic=True, shared=shared)
+                alone = not shared and number % (_REFUSALS + 1) == 0
+                return self._transaction(jobs, optimistic=True, shared=shared, alone=alone)
             except NotExact:
                 if jobs[0].function != jobs[-1].function:
                     raise
@@ -304,12 +306,14 @@ class ConnectionThread:
         finally:
             self.use.lock_seconds += time.monotonic() - began
 
-    def _transaction(self, jobs: list[_Job], *, optimistic: bool, shared: bool = False) -> list[Any]:
+    def _transaction(
+        self, jobs: list[_Job], *, optimistic: bool, shared: bool = False, alone: bool = False
+    ) -> list[Any]:
         connection = self._open(check=True)
         name = getattr(jobs[0].function, "__name__", "")
         began = time.monotonic()
         try:
-            with self._database.transaction(connection, optimistic=optimistic, shared=shared) as tx:
+            with self._database.transaction(connection, optimistic=optimistic, shared=shared, alone=alone) as tx:
                 tx.joined = jobs[0].function != jobs[-1].function
                 results = self._call(tx, jobs)
                 # A batch tells only of what it has written itself. A single function may tell what another process

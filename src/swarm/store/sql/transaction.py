@@ -270,6 +270,12 @@ class Tx:
         else:
             self._cursor.execute(statement)
 
+    def keep_others_out(self) -> None:
+        """Before anything is read, the time too: see `Dialect.alone`."""
+        begin, self._begin = self._begin, None
+        for statement in filter(None, (begin, *self.dialect.alone)):
+            self.connection.driver.execute(statement, prepare=False)
+
     def _take_lock(self, statement: str) -> None:
         began = time.monotonic()
         try:
