@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from swarm.model import Ticket
 from swarm.store.sandboxes.sandboxes import SandboxFilter
+from swarm.store.sql.rows import TicketSummary
 from swarm.store.store import Store
 from tests.store.databases import ECHO, LEASE, Outside, PostgresBackend, insert
 
@@ -23,44 +26,67 @@ async def store(postgresql_url: str) -> AsyncIterator[Store]:
 
 @pytest.fixture
 def outside(postgresql: PostgresBackend, postgresql_url: str) -> Iterator[Outside]:
-    outside = postgresql.outside(postgresql_url)
+    with contextlib.closing(postgresql.outside(postgresql_url)) as outside:
+        yield outside
+
+
+@pytest.fixture
+def huge(outside: Outside) -> Outside:
     # A row that is inserted whole may have a GB at most; one whose texts are copied as they lie there may have more.
     outside.execute("CREATE TEMP TABLE huge AS SELECT repeat('x', ?) AS text", (HUGE,))
-    yield outside
-    outside.close()
+    return outside
 
 
-async def test_of_tickets(store: Store, outside: Outside) -> None:
+async def test_of_tickets(store: Store, huge: Outside) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for id, names in (("four", FOUR), ("title", FOUR[:1]), ("error", FOUR[3:]), ("late", ("description",))):
         texts = ", ".join("text" for _ in names)
-        outside.execute(
+        huge.execute(
             f"INSERT INTO tickets (id, state, agent_id, {', '.join(names)}) SELECT ?, 'ready', ?, {texts} FROM huge",
             (id, ECHO.id),
         )
-    insert(outside, "good")
+    insert(huge, "good")
     claims = [claim for _ in range(3) for claim in await store.claim("w", limit=9, lease_seconds=LEASE)]
     assert sorted(claim.ticket.id for claim in claims) == ["error", "good"]  # Swarm writes `error` itself
-    states = outside.execute("SELECT id, left(error, 60) FROM tickets WHERE state = 'failed' ORDER BY id")
+    states = huge.execute("SELECT id, left(error, 60) FROM tickets WHERE state = 'failed' ORDER BY id")
     limit = "bytes, the limit is"
     assert states == [
         ("four", f"title has {HUGE:,} {limit} 65,536; put large "[:60]),
         ("late", f"description has {HUGE:,} {limit} 2,097,152; put large "[:60]),
         ("title", f"title has {HUGE:,} {limit} 65,536; put large "[:60]),
     ]
+    shown = await store.ticket("four")
+    assert shown.title == shown.requires == f"({HUGE} bytes)"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000  # KiB
 
 
-async def test_of_sandboxes(store: Store, outside: Outside) -> None:
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+async def test_numbers_that_json_does_not_have_are_not_shown(store: Store, outside: Outside, number: str) -> None:
+    """One row would make a whole page something that no other program reads."""
+    for id, state in (("failed", "ready"), ("draft", "draft")):
+        outside.execute(
+            "INSERT INTO tickets (id, state, agent_id, budget_usd, timeout_seconds) VALUES (?, ?, ?, ?, ?)",
+            (id, state, ECHO.id, number, number),
+        )
+    outside.execute("INSERT INTO sandboxes (id, state, ttl_seconds) VALUES ('s', 'ended', ?)", (number,))
+    assert await store.claim("w", limit=9, lease_seconds=LEASE) == []
+    tickets: list[Ticket | TicketSummary] = [*await store.tickets(), *await store.ticket_summaries()]
+    assert [one.budget_usd for one in tickets] == [one.timeout_seconds for one in tickets] == [None] * 4
+    assert (await store.sandbox("s")).ttl_seconds is None
+    failed = await store.ticket("failed")
+    assert failed.state == "failed" and f"timeout_seconds is {float(number)}; it must be" in str(failed.error)
+
+
+async def test_of_sandboxes(store: Store, huge: Outside) -> None:
     for id, names in (("four", ("project_id", "env", "labels", "error")), ("project", ("project_id",))):
         texts = ", ".join("text" for _ in names)
-        outside.execute(
+        huge.execute(
             f"INSERT INTO sandboxes (id, agent_id, {', '.join(names)}) SELECT ?, ?, {texts} FROM huge", (id, ECHO.id)
         )
-    outside.execute("INSERT INTO sandboxes (id, agent_id) VALUES ('good', ?)", (ECHO.id,))
+    huge.execute("INSERT INTO sandboxes (id, agent_id) VALUES ('good', ?)", (ECHO.id,))
     claims = await store.claim_sandboxes("w", "host", lease_seconds=LEASE, limit=9)
     assert [claim.sandbox.id for claim in claims] == ["good"]
-    ended = outside.execute("SELECT id, left(error, 40) FROM sandboxes WHERE state = 'ended' ORDER BY id")
+    ended = huge.execute("SELECT id, left(error, 40) FROM sandboxes WHERE state = 'ended' ORDER BY id")
     assert ended == [(id, f"project_id has {HUGE:,} bytes, the limit is"[:40]) for id in ("four", "project")]
     page = await store.sandbox_page(SandboxFilter())
     assert {one.id for one in page.sandboxes} == {"four", "good", "project"}

@@ -15,16 +15,15 @@ from swarm.store.claims.pace import LARGE, Pace
 from swarm.store.sql.bounded import texts, too_long
 from swarm.store.sql.conditions import IS_HERE
 from swarm.store.sql.dialect import Sql
-from swarm.store.sql.rows import TICKET_FIELDS
+from swarm.store.sql.rows import LONG, TICKET_FIELDS
 from swarm.store.sql.transaction import Row, Tx, filled
 from swarm.store.tickets.validation import LIMITS, REFUSED
 
 # Rows with more text than this are enough for one transaction: it writes each as a whole, and all others wait.
 MOST_CHARS: Final = 2 << 20
-_LONG: Final = ("description", "inputs", "outputs", "trigger_data")
 # length() of a text would count its characters, up to the first NUL.
 _BYTES: Final = "COALESCE(/*-*/length(CAST(t.{0} AS BLOB))/*-*//*+ octet_length(t.{0}) */, 0)"
-_SIZE: Final = " + ".join(_BYTES.format(name) for name in _LONG)
+_SIZE: Final = " + ".join(_BYTES.format(name) for name in LONG)
 # live_run: set when another tool made the ticket ready again while it ran.
 _READY: Final = f"""SELECT {{}}, {_SIZE} AS size, {too_long("t", REFUSED)} AS too_long,
     (SELECT max(r.id) FROM workflow_runs r
@@ -32,7 +31,7 @@ _READY: Final = f"""SELECT {{}}, {_SIZE} AS size, {too_long("t", REFUSED)} AS to
     t.waits_for FROM tickets t WHERE t.state = 'ready' """
 _CUT: Final = ", ".join(
     f"CASE WHEN {_BYTES.format(name)} < {LARGE} THEN t.{name} END AS {name}"
-    if name in _LONG
+    if name in LONG
     else texts("t", [name], LIMITS)
     for name in TICKET_FIELDS
 )

@@ -13,7 +13,7 @@ from swarm.base import jsontext
 from swarm.fields import IN_WORDS, VARIABLE
 from swarm.model import Agent, Sandbox, SandboxState, Snapshot
 from swarm.store.sql.bounded import texts, too_long
-from swarm.store.sql.rows import lenient, whole
+from swarm.store.sql.rows import lenient, real, whole
 from swarm.store.tickets.validation import (
     BadRow,
     check_length,
@@ -76,7 +76,7 @@ def _lenient(row: Any, names: tuple[str, ...]) -> dict[str, Any]:
         if name in _WHOLE:
             values[name] = whole(value)
         elif name in _REAL:
-            values[name] = float(value) if isinstance(value, int | float) else None
+            values[name] = real(value)
         else:
             values[name] = lenient(value)
     for name in ("id", "state", "kind", "host"):

@@ -1,4 +1,4 @@
-"""Texts of rows that any program may write, as an engine reads them from PostgreSQL: what is longer than its limit is
+"""Texts of rows that any program may write, as they are read from PostgreSQL: what is longer than its limit is
 not read at all.
 
 A text may have a GB there, and an INSERT of such rows takes no time. All rows of an answer come at once, so they would
@@ -11,15 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 
-def text(column: str, limit: int) -> str:
-    """SQL expression: NULL for one with more bytes."""
-    return f"/*-*/{column}/*-*//*+ CASE WHEN octet_length({column}) > {limit} THEN NULL ELSE {column} END */"
+def text(column: str, limit: int, *, told: bool = False) -> str:
+    """SQL expression: NULL for one with more bytes; ``told``: how many it has."""
+    instead = f"'(' || octet_length({column}) || ' bytes)'" if told else "NULL"
+    return f"/*-*/{column}/*-*//*+ CASE WHEN octet_length({column}) > {limit} THEN {instead} ELSE {column} END */"
 
 
-def texts(alias: str, names: Iterable[str], limits: Mapping[str, int]) -> str:
-    """The columns of these ``names``, NULL for each text with more bytes than its limit."""
+def texts(alias: str, names: Iterable[str], limits: Mapping[str, int], *, told: bool = False) -> str:
+    """The columns of these ``names``; for each text with more bytes than its limit, as `text`."""
     return ", ".join(
-        f"{text(f'{alias}.{name}', limits[name])} AS {name}" if name in limits else f"{alias}.{name}" for name in names
+        f"{text(f'{alias}.{name}', limits[name], told=told)} AS {name}" if name in limits else f"{alias}.{name}"
+        for name in names
     )
 
 

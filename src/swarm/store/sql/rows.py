@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import uuid
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from swarm.base.clock import iso as iso
 from swarm.model import Event, Ticket
+from swarm.store.sql.bounded import texts
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -105,20 +107,26 @@ def whole(value: object) -> int | None:
     return int(value) if isinstance(value, int | float) and value == value and abs(value) < 2**63 else None
 
 
-def _real(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+def real(value: object) -> float | None:
+    """A number of a row; None for anything else, as for the infinite, which JSON doesn't have."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 _TICKET_READERS: Final[Mapping[str, Any]] = {
     "priority": lambda value: whole(value) or 0,
     "max_attempts": whole,
-    "timeout_seconds": _real,
-    "budget_usd": _real,
+    "timeout_seconds": real,
+    "budget_usd": real,
     "budget_tokens": whole,
-    "keep_vm_seconds": _real,
+    "keep_vm_seconds": real,
 }
 TICKET_FIELDS: Final = tuple(field.name for field in fields(Ticket))
-TICKET_COLUMNS: Final = ", ".join(f"t.{name}" for name in TICKET_FIELDS)
+LONG: Final = ("description", "inputs", "outputs", "trigger_data")
+# For display: far more than what Swarm itself takes or writes.
+_SHOWN_BYTES: Final = {
+    name: (64 if name in LONG else 1) << 20 for name in TICKET_FIELDS if name not in ("id", "state", *_TICKET_READERS)
+}
+TICKET_COLUMNS: Final = texts("t", TICKET_FIELDS, _SHOWN_BYTES, told=True)
 
 
 def value(kind: type[Value], row: Any, **computed: Any) -> Value:
