@@ -83,12 +83,13 @@ async def test_what_its_shell_inserts_runs(store: Store, theirs: Outside, role_u
         "INSERT INTO ticket_dependencies (ticket_id, depends_on) VALUES ('after', 'two')",
         "INSERT INTO tickets (id, title, state, agent_id) VALUES ('after', 'd', 'ready', 'echo')",
         "INSERT INTO sandboxes (agent_id) VALUES ('echo')",
+        "INSERT INTO sandboxes DEFAULT VALUES",
     )
     assert sorted(await flows.run(store)) == ["main"] * 4
     for ticket in await store.tickets():
         assert ticket.state == "done" and ticket.created_at and ticket.created_at.endswith("Z"), ticket
         assert len(ticket.id) == (32 if ticket.title in "ac" else len(ticket.id))
-    assert await store.claim_sandboxes("w", "host", lease_seconds=LEASE, limit=9)
+    assert len(await store.claim_sandboxes("w", "host", lease_seconds=LEASE, limit=9)) == 2
 
 
 @pytest.mark.parametrize(
@@ -102,6 +103,8 @@ async def test_what_its_shell_inserts_runs(store: Store, theirs: Outside, role_u
         "INSERT INTO events (ticket_id, kind) VALUES ('t', 'deleted')",
         "INSERT INTO agents (id, name, version, path, entry) VALUES ('a', 'a', '1', '/', '[]')",
         "UPDATE clock SET offset_ms = 1000000",
+        "INSERT INTO sandboxes (hold_id, lease_until) SELECT hold_id, lease_until FROM sandboxes",
+        "INSERT INTO sandboxes (secret) VALUES (false)",
         "CREATE TABLE public.mine (id text)",
         "CREATE TRIGGER t AFTER INSERT ON tickets FOR EACH ROW EXECUTE FUNCTION swarm_changed()",
     ],

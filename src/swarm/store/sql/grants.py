@@ -9,7 +9,13 @@ from swarm.store.sql.database import Database
 from swarm.store.sql.transaction import Connection
 
 # Their triggers do the rest with the rights of who made the tables.
-TABLES: Final = ("tickets", "ticket_dependencies", "sandboxes")
+TABLES: Final = ("tickets", "ticket_dependencies")
+# Of a new sandbox. Not who holds it: with a hold that another one has, that one's engine would lose it.
+SANDBOX_COLUMNS: Final = (
+    "id", "name", "project_id", "state", "agent_id", "image", "snapshot_id", "parent_id", "memory_mb", "vcpus",
+    "disk_mb", "network", "secrets", "env", "labels", "ttl_seconds", "idle_timeout_seconds", "budget_usd",
+    "budget_tokens", "requires", "created_by", "created_at",
+)  # fmt: skip
 
 
 def grants(database: Database, connection: Connection, role: str, *, run: bool) -> str:
@@ -25,7 +31,11 @@ def grants(database: Database, connection: Connection, role: str, *, run: bool) 
             raise NotFound(f"the database has no role {role!r}; CREATE ROLE makes one")
         name, schema = found
         tables = ", ".join(f"{schema}.{table}" for table in TABLES)
-        sql = f"GRANT USAGE ON SCHEMA {schema} TO {name};\nGRANT SELECT, INSERT ON {tables} TO {name};"
+        sql = (
+            f"GRANT USAGE ON SCHEMA {schema} TO {name};\n"
+            f"GRANT SELECT, INSERT ON {tables} TO {name};\n"
+            f"GRANT SELECT, INSERT ({', '.join(SANDBOX_COLUMNS)}) ON {schema}.sandboxes TO {name};"
+        )
         if run:
             driver.execute(sql)
     return sql
