@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from psycopg.errors import InsufficientPrivilege
 
-from swarm.errors import NotFound, UsageError
+from swarm.errors import NotFound, StoreError, UsageError
 from swarm.store.store import Store
 from tests.store import flows
 from tests.store.databases import LEASE, Outside, PostgresBackend, shell
@@ -120,6 +120,27 @@ async def test_no_trigger_of_swarm_runs_on_a_table_of_its_own(theirs: Outside, f
     theirs.execute("CREATE TEMP TABLE mine (id text)")
     with pytest.raises(InsufficientPrivilege):
         theirs.execute(f"CREATE TRIGGER t AFTER DELETE ON mine FOR EACH ROW EXECUTE FUNCTION public.swarm_{function}()")
+
+
+async def test_where_all_roles_may_make_functions_swarm_does_not_work(
+    store: Store, admin: Outside, theirs: Outside, postgresql_url: str
+) -> None:
+    """They would run with its rights: PostgreSQL prefers one whose types fit better than those of its own."""
+    admin.execute("GRANT CREATE ON SCHEMA public TO PUBLIC")  # as it is on PostgreSQL 14
+    theirs.execute(
+        "CREATE FUNCTION public.quote_ident(name) RETURNS text LANGUAGE plpgsql AS $$ BEGIN RAISE 'theirs'; END $$"
+    )
+    for function in ("set_config(text, text, bool)", "current_schema()"):  # found first where a path says so
+        theirs.execute(f"CREATE FUNCTION public.{function} RETURNS text LANGUAGE sql AS $$ SELECT 'theirs' $$")
+    name = postgresql_url.partition("@/")[2].partition("?")[0]
+    admin.execute(f"ALTER DATABASE {name} SET search_path = public, pg_catalog")
+    with pytest.raises(StoreError, match=r"every role may make functions in the schema public, .* REVOKE CREATE"):
+        async with Store.open(postgresql_url) as late:
+            await late.queue()
+    admin.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+    admin.execute("DROP FUNCTION public.quote_ident(name)")
+    async with Store.open(postgresql_url) as late:
+        await late.queue()
 
 
 async def test_its_own_tables_and_functions_are_not_taken_for_swarms(

@@ -33,6 +33,10 @@ _FULL: Final = (
 )
 # Who is refused at the door learns no more than this text, from PostgreSQL or from pgbouncer.
 _IS_FULL: Final = re.compile(r"too many (clients|connections)|connection slots are reserved|no more connections")
+_FOR_ALL: Final = (
+    "in the database {place}, every role may make functions in the schema {schema}, and they would run with Swarm's "
+    "rights: as the schema's owner, REVOKE CREATE ON SCHEMA {schema} FROM PUBLIC (PostgreSQL 14 allows it by itself)"
+)
 _STANDBY: Final = (
     "the database {place} is read-only: is it a standby? Let the URL name the primary (several hosts and "
     "target_session_attrs=read-write find it)"
@@ -140,9 +144,22 @@ def _prepare(connection: Any, write: bool, busy_timeout_seconds: float) -> None:
         "client_encoding": "UTF8",
         "TimeZone": "UTC",
     }
-    each = ", ".join(["set_config(%s, %s, false)"] * len(settings))
-    connection.execute(f"SELECT {each}", list(itertools.chain(*settings.items())))
+    each = ", ".join(["pg_catalog.set_config(%s, %s, false)"] * len(settings))
+    asked = connection.execute(f"SELECT {each}, {_ONE_SCHEMA}, {_OPEN}", list(itertools.chain(*settings.items())))
+    if (schema := asked.fetchone()[-1]) is not None:
+        raise StoreError(_FOR_ALL.format(place=place, schema=schema))
 
+
+# A function or an operator that another role makes in a schema of ours runs with our rights, where its types fit better
+# than those of PostgreSQL's own. So ours is the only schema, and nobody may make one there; this itself names the
+# schema of each function, and has operators with the very types that PostgreSQL's own have.
+_SCHEMA: Final = "CAST(pg_catalog.current_schema() AS pg_catalog.text)"
+_ONE_SCHEMA: Final = f"pg_catalog.set_config('search_path', pg_catalog.quote_ident({_SCHEMA}), false)"
+_OPEN: Final = f"""(SELECT pg_catalog.quote_ident({_SCHEMA})
+  FROM pg_catalog.pg_namespace n, pg_catalog.aclexplode(n.nspacl) a
+  WHERE CAST(n.nspname AS pg_catalog.text) OPERATOR(pg_catalog.=) {_SCHEMA}
+  AND a.grantee OPERATOR(pg_catalog.=) CAST(0 AS pg_catalog.oid)
+  AND a.privilege_type OPERATOR(pg_catalog.=) CAST('CREATE' AS pg_catalog.text))"""
 
 # Text in quotes, which stays; or what is written otherwise here. `number >= ''` asks whether it is a text.
 _DIFFERENT: Final = re.compile(
