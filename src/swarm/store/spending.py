@@ -5,6 +5,7 @@ Booking is not fenced, since the money is spent in any case; a call stays in the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -205,9 +206,11 @@ def _sandbox_limits(tx: Tx, id: str, account: Account) -> tuple[Limit, Limit]:
 
 
 def _limit(usd: object, tokens: object) -> Limit:
-    """A budget from a row that any tool may have written; a value that is not a number counts as 0."""
+    """A budget from a row that any tool may have written; a value that is not a number counts as 0. So does a NaN, with
+    which every sum would do."""
+    is_number = isinstance(usd, int | float) and not math.isnan(usd)
     return Limit(
-        usd=None if usd in (None, "") else float(usd) if isinstance(usd, int | float) else 0.0,
+        usd=None if usd in (None, "") else float(usd) if is_number else 0.0,  # type: ignore[arg-type]
         tokens=None if tokens in (None, "") else int(tokens) if isinstance(tokens, int | float) else 0,
     )
 
