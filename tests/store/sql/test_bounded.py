@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from swarm.errors import NotFound
 from swarm.ledger import Account, Order, Refused, Spend
 from swarm.model import Ticket
 from swarm.store.sandboxes.sandboxes import SandboxFilter
@@ -56,6 +57,10 @@ async def test_of_tickets(store: Store, huge: Outside) -> None:
         ("late", f"description has {HUGE:,} {limit} 2,097,152; put large "[:60]),
         ("title", f"title has {HUGE:,} {limit} 65,536; put large "[:60]),
     ]
+    huge.execute("INSERT INTO tickets (id, project_id) SELECT 'project', text FROM huge")
+    with pytest.raises(NotFound):
+        await store.visible_ticket_id("project", project_id="mine")
+    await store.remove_tickets(["project"], by="ann")
     shown = await store.ticket("four")
     assert shown.title == shown.requires == f"({HUGE} bytes)"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000  # KiB

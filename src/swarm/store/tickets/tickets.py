@@ -11,6 +11,7 @@ from swarm.base import versions
 from swarm.errors import ChangeRefused, Conflict, NotFound, UsageError
 from swarm.model import TERMINAL_TICKET_STATES, StepStatus, Ticket, TicketState
 from swarm.store.sql import rows
+from swarm.store.sql.bounded import text
 from swarm.store.sql.conditions import IS_HERE, STEP_READY, UNFINISHED
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import (
@@ -50,7 +51,8 @@ _TAKE_USES: Final = Sql(
     "ON CONFLICT DO NOTHING"
 )
 _DROP_USES: Final = Sql("DELETE FROM artifact_uses WHERE ticket_id = :sent")
-_ID: Final = Sql("SELECT id, project_id FROM tickets WHERE id = :id")
+_PROJECT: Final = f"{text('project_id', validation.MAX_OTHER_BYTES)} AS project_id"
+_ID: Final = Sql(f"SELECT id, {_PROJECT} FROM tickets WHERE id = :id")
 _SUMMARY: Final = Sql(f"SELECT {SUMMARY_COLUMNS} FROM tickets t WHERE t.id = :id")
 _IDS_FROM: Final = Sql(
     "SELECT id FROM tickets WHERE id >= :ref AND id < :end AND length(id) IN (32, 36) ORDER BY id LIMIT 100"
@@ -70,7 +72,7 @@ _RETRY: Final = one_row(
     "UPDATE tickets SET state = 'ready', error = NULL, outputs = NULL, run_id = NULL, started_at = NULL, "
     "completed_at = NULL, updated_at = :now WHERE id = :id"
 )
-_STATES: Final = Sql("SELECT id, state, project_id FROM tickets WHERE id IN :ids")
+_STATES: Final = Sql(f"SELECT id, state, {_PROJECT} FROM tickets WHERE id IN :ids")
 _DELETE: Final = Sql("DELETE FROM tickets WHERE id = :id")
 _RUNS: Final = Sql(f"SELECT {rows.columns(RunRow, 'r')} FROM workflow_runs r WHERE r.ticket_id = :id ORDER BY r.id")
 _STEPS: Final = Sql(
