@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import psutil
 import pytest
 
 from swarm import agents, config
@@ -16,6 +17,7 @@ from swarm.store.hosts import Machine
 from swarm.store.store import Store
 from swarm.vm.driver import Image
 from tests.admin.test_fetching import free_port, until
+from tests.engine.conftest import Bench, engine_process, log_until
 from tests.store.databases import SqliteOutside, insert
 from tests.vm.packages_here import wheel, wheels_from
 
@@ -76,3 +78,15 @@ async def test_a_ticket_gets_its_image_and_its_layer(settings: Settings, image: 
             assert await ran("built", two) == "hello"
         assert len(wiring.guest_layers(second).list()) == 1
     outside.close()
+
+
+async def test_an_engine_hands_out_files_as_long_as_it_lives(plain: Bench) -> None:
+    """However it ends."""
+    settings = plain.settings.model_copy(update={"share_address": f"127.0.0.1:{free_port()}"})
+    async with engine_process(plain, SWARM_SHARE_ADDRESS=settings.share_address) as process:
+        await log_until(process, "handing out images and layers to other hosts")
+        await until(lambda: sharing.answers(settings))
+        (server,) = [one for one in psutil.Process(process.pid).children() if "swarm.api.shared_files" in one.cmdline()]
+        process.kill()
+        await until(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE)
+    assert not await sharing.answers(settings)
