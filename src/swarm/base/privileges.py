@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +14,14 @@ from swarm.base.libc import check, libc
 # A user of no file, no name and no other process of this host: above the ids that systemd hands out, below nobody's.
 UID: Final = 65533
 _PDEATHSIG, _DUMPABLE, _CAPBSET_DROP, _NO_NEW_PRIVS = 1, 4, 24, 38  # linux/prctl.h
+
+
+def keep(capabilities: Collection[int]) -> None:
+    """What this process, which is root, executes from now on has no capabilities but these. Raises OSError."""
+    for capability in range(int(Path("/proc/sys/kernel/cap_last_cap").read_text()) + 1):
+        if capability not in capabilities:
+            _prctl(_CAPBSET_DROP, capability)
+    _prctl(_NO_NEW_PRIVS, 1)
 
 
 def drop(limits: Mapping[int, int]) -> None:
