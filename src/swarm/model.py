@@ -3,6 +3,7 @@ Swarm. So many lines because every noun is here."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -223,12 +224,18 @@ class RetryPolicy:
     )
 
 
+def names_imported(image: str | None) -> bool:
+    """Swarm's own images are named by their digests."""
+    return bool(image) and not re.fullmatch("[0-9a-f]{1,64}", image or "")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agent:
     """A packaged program. ``path`` is the directory with its files, ``entry`` the argv that starts it.
 
     With ``runtime`` 'python', ``entry[0]`` is a .py file, run in a fork of the guest's warm interpreter. With 'exec',
-    ``entry`` is executed; a relative ``entry[0]`` is a file in the agent's directory.
+    ``entry`` is executed; a relative ``entry[0]`` is a file in the agent's directory. Without an ``entry``, the program
+    of its imported ``image`` runs.
     """
 
     id: str
@@ -266,6 +273,11 @@ class Agent:
     @property
     def needs_layer(self) -> bool:
         return bool(self.requirements or self.packages)
+
+    @property
+    def imported(self) -> bool:
+        """Does its ``image`` name an imported one, which it sees as its root, rather than one of Swarm's own?"""
+        return names_imported(self.image)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

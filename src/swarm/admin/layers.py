@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 async def build(
     agent: Agent, images: ImageSource, layers: Layers | HostLayers, *, progress: Progress, force: bool = False
 ) -> Layer | None:
-    """Build the agent's layer unless it exists; None for an agent that needs none."""
-    if not agent.needs_layer:
+    """Build the agent's layer unless it exists; None for an agent that needs none. An imported image must be there."""
+    if not agent.needs_layer and not agent.imported:
         return None
     return await layers.build(agent, await images.find(agent.image), force=force, progress=progress)
 

@@ -82,8 +82,10 @@ class Uploads:
             self._open -= 1
 
     async def layer_of(self, agent: Agent) -> Layer | None:
-        """None if it needs none. Raises LayerMissing, ImageError."""
-        return await self._layers.find(agent, await self._images.find(agent.image)) if agent.needs_layer else None
+        """None if it needs none. Raises LayerMissing, ImageError, NotFound."""
+        if not agent.needs_layer and not agent.imported:
+            return None
+        return await self._layers.find(agent, await self._images.find(agent.image))
 
     async def problems(self, archive: Path) -> list[Problem]:
         """What is wrong with an agent; its layer is not built."""

@@ -31,7 +31,7 @@ from swarm.fields import (
     place,
     unknown,
 )
-from swarm.model import Agent, FailureReason, RetryPolicy
+from swarm.model import Agent, FailureReason, RetryPolicy, names_imported
 from swarm.schema import SchemaError, check_schema, expand
 
 MANIFEST: Final = "agent.yaml"
@@ -100,8 +100,8 @@ class Manifest(_Strict):
     version: Version
     description: str = Field(default="", max_length=4096)
     runtime: Literal["python", "exec"] = "python"
-    entry: tuple[_Word, ...] = Field(min_length=1, max_length=256)
-    image: str | None = None
+    entry: Annotated[tuple[_Word, ...], Field(min_length=1, max_length=256)] | None
+    image: _Text | None = None
     inputs: dict[str, Any] | None = None
     outputs: dict[str, Any] | None = None
     inputs_schema: dict[str, Any] | None = None
@@ -129,6 +129,13 @@ class Manifest(_Strict):
     requires: Labels = Field(default_factory=dict)
     examples: tuple[_Example, ...] = Field(default=(), max_length=100)
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _image_says_what_runs(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "entry" not in given and names_imported(str(given.get("image") or "")):
+            return {"entry": None, "runtime": "exec", **given}
+        return given
+
     @pydantic.field_validator("inputs", "outputs", "inputs_schema", "outputs_schema")
     @classmethod
     def _is_a_schema(cls, schema: dict[str, Any] | None, info: pydantic.ValidationInfo) -> dict[str, Any] | None:
@@ -146,6 +153,13 @@ class Manifest(_Strict):
     def _fits_together(self) -> Manifest:
         if self.preload and self.runtime != "python":
             raise ValueError("preload needs runtime: python")
+        if self.entry is None and (self.runtime == "python" or not names_imported(self.image)):
+            raise ValueError("entry is missing")
+        if names_imported(self.image) and (self.requirements or self.packages or self.preload):
+            raise ValueError(
+                f"requirements, packages and preload can't be used with the imported image {self.image!r} yet: have "
+                "what the agent needs in the image"
+            )
         for name in ("inputs", "outputs"):
             if getattr(self, name) is not None and getattr(self, f"{name}_schema") is not None:
                 raise ValueError(f"{name} and {name}_schema are the same thing: give only one")
@@ -240,6 +254,8 @@ def _fields(path: yaml_manifest.KeyPath) -> list[str]:
 
 
 def _check_entry(manifest: Manifest, directory: Path) -> None:
+    if manifest.entry is None:
+        return
     first = Path(manifest.entry[0])
     inside = not first.is_absolute() and ".." not in first.parts
     if manifest.runtime == "python" and not (inside and first.suffix == ".py" and (directory / first).is_file()):
@@ -260,7 +276,7 @@ def _agent(manifest: Manifest, path: Path) -> Agent:
         name=manifest.name,
         version=manifest.version,
         path=path,
-        entry=manifest.entry,
+        entry=manifest.entry or (),
         runtime=manifest.runtime,
         description=manifest.description,
         image=manifest.image,

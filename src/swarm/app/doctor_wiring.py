@@ -186,19 +186,26 @@ async def _secrets(settings: Settings, opened: Store) -> Check:
 
 
 async def _layers(settings: Settings, opened: Store) -> list[Check]:
-    """Layers that registered agents need and that are not built, but for those that nobody has asked for."""
+    """Layers and imported images that registered agents need and that are not there, but for layers that nobody has
+    asked for."""
     from swarm.admin.layers import on_request
     from swarm.doctor.check import ok, warn
 
-    layered = [agent for agent in await opened.agents(broken=False) if agent.needs_layer and not on_request(agent)]
+    layered = [
+        agent
+        for agent in await opened.agents(broken=False)
+        if agent.imported or (agent.needs_layer and not on_request(agent))
+    ]
     checks = []
     for agent in layered:
         try:
             await wiring.layers(settings).find(agent, await wiring.image_source(settings).find(agent.image))
         except LayerMissing as error:
             checks.append(warn("layers", str(error), f"swarm agent build {agent.name}@{agent.version}"))
-        except SwarmError:
-            return []  # no image: another check reports that
+        except SwarmError as error:
+            if not agent.imported:
+                return []  # no image: another check reports that
+            checks.append(warn("layers", f"{agent.name}@{agent.version}: {error}", f"swarm image import {agent.image}"))
     return checks or [
         ok("layers", f"those of {', '.join(agent.name for agent in layered)}" if layered else "none needed")
     ]

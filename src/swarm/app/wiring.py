@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from swarm.vm.drivers.process import NoImages
     from swarm.vm.image.image import Images
     from swarm.vm.image.layer import HostLayers, Layers
+    from swarm.vm.image.oci.store import Imported
     from swarm.vm.launcher import Launcher
     from swarm.vm.network.network import Network
     from swarm.vm.pool import Pool
@@ -64,7 +65,17 @@ def images(settings: Settings, others: Store | None = None) -> Images:
     """``others``, here and below: the database, for what this host lacks and others have."""
     from swarm.vm.image.image import Images
 
-    return Images(dir=settings.images, cache=_cache() / "base", default=settings.image, others=_elsewhere(others))
+    return Images(
+        dir=settings.images, cache=_cache() / "base", default=settings.image, others=_elsewhere(others),
+        imported=imported(settings),
+    )  # fmt: skip
+
+
+def imported(settings: Settings) -> Imported:
+    """OCI images: what agents that name one see as their root."""
+    from swarm.vm.image.oci.store import Imported
+
+    return Imported(dir=settings.images / "oci")
 
 
 def image_source(settings: Settings, others: Store | None = None) -> Images | NoImages:
@@ -83,7 +94,7 @@ def layers(settings: Settings, others: Store | None = None) -> Layers | HostLaye
 def guest_layers(settings: Settings, others: Store | None = None) -> Layers:
     from swarm.vm.image.layer import Layers
 
-    return Layers(dir=settings.layers, others=_elsewhere(others))
+    return Layers(dir=settings.layers, others=_elsewhere(others), imported=imported(settings))
 
 
 def _elsewhere(others: Store | None) -> OtherHosts | None:

@@ -311,7 +311,7 @@ async def built(cli: Cli, agent: Agent, *, vm: bool = True, force: bool = False)
     from swarm.admin import layers
     from swarm.app import oneoff, wiring
 
-    if not agent.needs_layer:
+    if not agent.needs_layer and not agent.imported:
         return None
     settings = cli.settings if vm else cli.settings.model_copy(update={"driver": "process"})
     async with oneoff.others(settings) as others:

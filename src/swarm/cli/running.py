@@ -238,7 +238,7 @@ async def _agent(
         vcpus=vcpus or like.vcpus,
         disk_mb=disk_mb or like.disk_mb,
     )
-    if like.needs_layer:
+    if like.needs_layer or like.imported:
         await built(cli, like)
     return like
 

@@ -50,7 +50,7 @@ from swarm.errors import (
     no_more_threads,
 )
 from swarm.model import Agent, Claim, Failed, FailureReason, Outcome, Succeeded
-from swarm.vm.driver import Image, Layer, VmSpec
+from swarm.vm.driver import Image, Layer, Root, VmSpec
 from swarm.vm.drivers.console import printable
 from swarm.vm.launcher import Assignment, Launcher, LiveVm
 
@@ -276,12 +276,12 @@ class Engine:
     async def _run_agent(
         self, claim: Claim, live: LiveVm, tail: _OutputTail, env: Mapping[str, str], timeline: Timeline
     ) -> Exit:
-        agent = claim.agent
+        agent, root = claim.agent, live.spec.layer.root if live.spec.layer else None
         try:
             return await live.channel.run(
-                guest_argv(agent),
+                guest_argv(agent, root),
                 env={"TRACEPARENT": _traceparent(claim), **agent.env, **env},
-                warm=agent.runtime == "python",
+                warm=agent.runtime == "python" and root is None,
                 timeout_seconds=claim.timeout_seconds,
                 idle_timeout_seconds=agent.idle_timeout_seconds,
                 on_start=lambda: timeline.mark("started"),
@@ -360,10 +360,14 @@ def check_exit(ended: Exit) -> None:
     raise BadExit(f"the agent {how}", exit_code=ended.code, reason=FailureReason.AGENT_FAILED)
 
 
-def guest_argv(agent: Agent) -> list[str]:
-    """Argv in the guest: a relative program is a file of the agent."""
+def guest_argv(agent: Agent, root: Root | None) -> list[str]:
+    """Argv in the guest: a relative program is a file of the agent. In an image's root it is run by the image's own
+    Python, and without an entry it is the image's program."""
+    if root and not agent.entry:
+        return list(root.entry)
     program, *arguments = agent.entry
-    return [program if program.startswith("/") else f"{AGENT_DIR}/{program}", *arguments]
+    interpreter = [root.python] if root and agent.runtime == "python" else []
+    return [*interpreter, program if program.startswith("/") else f"{AGENT_DIR}/{program}", *arguments]
 
 
 def _raise_if_exhausted(error: Exception) -> None:

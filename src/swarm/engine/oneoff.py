@@ -15,6 +15,7 @@ from swarm.base.clock import Timeline
 from swarm.base.redact import Redactor
 from swarm.engine.egress import Egress, Record, account_of
 from swarm.engine.engine import Engine, ImageSource, LayerSource, Watcher, vm_spec
+from swarm.errors import UsageError
 from swarm.model import Agent, Claim, Failed, FailureReason, Outcome, Ticket, TicketState
 from swarm.vm.launcher import Assignment, Launcher, LiveVm
 
@@ -105,6 +106,8 @@ async def examples(engine: Engine, package: Package) -> AsyncIterator[tuple[Exam
 
 def without_vm(agent: Agent) -> Agent:
     """The agent as the `process` driver can run it: its arguments can't name /agent, which exists only in a VM."""
+    if agent.imported:
+        raise UsageError(f"the agent {agent.name!r} runs on the image {agent.image!r}, which takes a VM: use --vm")
     first, *rest = agent.entry
     return replace(agent, entry=(first, *(f"..{one}" if one.startswith("/agent/") else one for one in rest)))
 

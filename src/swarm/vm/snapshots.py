@@ -245,10 +245,17 @@ class Snapshots:
 
     def images(self) -> set[str]:
         """Digests of the images that they need."""
+        return self._needed("image")
+
+    def layers(self) -> set[str]:
+        """Digests of the layers that they need."""
+        return self._needed("layer")
+
+    def _needed(self, what: str) -> set[str]:
         found = set()
         for name in self._names():
             with contextlib.suppress(KeyError, TypeError):
-                found.add(str(self._manifest(name)["spec"]["image"]))
+                found.add(str(self._manifest(name)["spec"][what]))
         return found
 
     def lift_limits(self) -> None:

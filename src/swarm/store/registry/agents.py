@@ -29,6 +29,7 @@ from swarm.model import (
     FailureReason,
     KeepVm,
     RetryPolicy,
+    names_imported,
 )
 from swarm.store.sql.conditions import SANDBOX_LIVE
 from swarm.store.sql.dialect import Sql
@@ -148,7 +149,9 @@ def parse(row: Row) -> Agent:
             if not isinstance(values[name], list) or not all(isinstance(item, str) for item in values[name]):
                 raise ValueError(f"{name} must be a JSON list of strings")
             values[name] = tuple(values[name])
-        if not values["entry"]:
+        if not isinstance(values["image"], str | None) or len(values["image"] or "") > _MOST_CHARS:
+            raise ValueError("image must be text")
+        if not values["entry"] and not names_imported(values["image"]):
             raise ValueError("entry is empty")
         if not isinstance(values["env"], dict) or not all(isinstance(text, str) for text in values["env"].values()):
             raise ValueError("env must be a JSON object of strings")

@@ -34,11 +34,13 @@ from swarm.base.clock import iso
 from swarm.base.log import logger
 from swarm.base.progress import Progress, silent
 from swarm.errors import ImageError, NotFound
+from swarm.model import names_imported
 from swarm.vm.driver import Image
 from swarm.vm.image import build, elsewhere, staging
 from swarm.vm.image.base import build_base
 from swarm.vm.image.build import Recipe
 from swarm.vm.image.elsewhere import IMAGE, Elsewhere, Fetched, Shared
+from swarm.vm.image.oci.store import Imported, missing
 
 log = logger(__name__)
 
@@ -68,13 +70,21 @@ class ImageInfo:
 
 class Images:
     """The images in ``dir``. ``cache`` keeps bases between builds; ``guest`` holds our own guest files; ``others``:
-    what other hosts have."""
+    what other hosts have; ``imported``: those that agents may name as well."""
 
     def __init__(
-        self, *, dir: Path, cache: Path, guest: Path = GUEST, default: str = "", others: Elsewhere | None = None
+        self,
+        *,
+        dir: Path,
+        cache: Path,
+        guest: Path = GUEST,
+        default: str = "",
+        others: Elsewhere | None = None,
+        imported: Imported | None = None,
     ) -> None:
         self.dir = dir
         self._others = others
+        self._imported = imported
         self._cache = cache
         self._guest = guest
         self._default = default
@@ -122,11 +132,16 @@ class Images:
 
     async def find(self, ref: str | None = None) -> Image:
         """The image whose digest begins with ``ref`` (or with the default), else the newest of the current recipe.
-        Every part is verified. One that another host has is fetched.
+        Every part is verified. One that another host has is fetched. For an imported image it is that of no ``ref``, in
+        whose VM its agents run.
 
         Raises ImageError if it is missing (the message says how to build it) or a part was changed; NotFound or
         ImageError if ``ref`` fits no image or several.
         """
+        if names_imported(ref) and self._imported and ref:
+            if not self._imported.knows(ref):
+                raise NotFound(missing(ref))
+            ref = None
         ref = ref or self._default or None
         if ref is None:
             recipe = await asyncio.to_thread(build.recipe, self._guest)

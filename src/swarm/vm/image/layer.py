@@ -41,6 +41,7 @@ from swarm.vm.driver import Image, Layer
 from swarm.vm.image import elf, elsewhere, layer_build, pip, staging
 from swarm.vm.image.build import require_root
 from swarm.vm.image.elsewhere import LAYER, Elsewhere, Shared
+from swarm.vm.image.oci.store import Imported
 
 log = logger(__name__)
 
@@ -63,16 +64,26 @@ class LayerInfo:
 
 class Layers:
     """The layers in ``dir``. ``sources``: the directory of apt's configuration, which says where packages come from.
-    ``others``: what other hosts have."""
+    ``others``: what other hosts have; ``imported``: what agents may see as their root instead."""
 
-    def __init__(self, *, dir: Path, sources: Path = Path("/etc/apt"), others: Elsewhere | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        dir: Path,
+        sources: Path = Path("/etc/apt"),
+        others: Elsewhere | None = None,
+        imported: Imported | None = None,
+    ) -> None:
         self.dir = dir
+        self._imported = imported
         self._sources = sources
         self._others = others
 
     async def find(self, agent: Agent, image: Image) -> Layer | None:
         """The agent's layer on that image, verified; None if it needs no layer. One that another host has is made here
-        as well. Raises LayerMissing."""
+        as well. Raises LayerMissing; NotFound or UsageError for an imported image."""
+        if root := await self._root(agent):
+            return root
         if not agent.needs_layer:
             return None
         key = ""
@@ -96,8 +107,11 @@ class Layers:
         """The agent's layer. If it is missing, it is fetched from another host, or else built; built anew if ``force``.
         Needs the network, and root.
 
-        Raises UsageError for requirements and packages that don't exist, ImageError, HostError.
+        An imported image is not fetched. Raises UsageError for requirements and packages that don't exist, NotFound,
+        ImageError, HostError.
         """
+        if root := await self._root(agent):
+            return root
         if not agent.needs_layer:
             return None
         shape = _shape(agent, image)
@@ -171,9 +185,10 @@ class Layers:
 
     def named(self, digest: str) -> Layer | None:
         """The layer with that content, for templates that are rebuilt from a list."""
-        return next(
-            (Layer(digest=i.digest, path=self.dir / i.key / _FILE) for i in self.list() if i.digest == digest), None
-        )
+        own = next((i for i in self.list() if i.digest == digest), None)
+        if own is None:
+            return self._imported.named(digest) if self._imported else None
+        return Layer(digest=own.digest, path=self.dir / own.key / _FILE)
 
     def remove(self, key: str) -> str:
         """Remove a layer; return its key. VMs that run from it are not affected: they have its file open. Raises
@@ -185,6 +200,20 @@ class Layers:
         return fits[0]
 
     # --- files --------------------------------------------------------------------------------------------------------
+
+    async def _root(self, agent: Agent) -> Layer | None:
+        """The imported image that it names, if it names one."""
+        if not agent.imported or not self._imported:
+            return None
+        found = await self._imported.layer(agent.image or "")
+        assert found.root is not None
+        if not agent.entry and not found.root.entry:
+            raise UsageError(f"the image {agent.image!r} has no Entrypoint and no Cmd: `entry` must say what runs")
+        if agent.runtime == "python" and not found.root.python:
+            raise UsageError(f"the image {agent.image!r} has no Python 3.8 or newer in its PATH: use `runtime: exec`")
+        if agent.needs_layer:
+            raise UsageError(f"requirements and packages can't be added to the imported image {agent.image!r} yet")
+        return found
 
     async def _find_complete(self, key: str) -> Layer | None:
         try:
@@ -240,6 +269,7 @@ class HostLayers:
         self.dir = dir
 
     async def find(self, agent: Agent, image: Image) -> Layer | None:
+        _needs_no_vm(agent)
         if not agent.requirements:
             return None
         key = _key(_host_shape(agent))
@@ -250,6 +280,7 @@ class HostLayers:
     async def build(
         self, agent: Agent, image: Image, *, force: bool = False, progress: Progress = silent
     ) -> Layer | None:
+        _needs_no_vm(agent)
         if not agent.requirements:
             return None
         pip.check(agent.requirements)
@@ -275,6 +306,11 @@ class HostLayers:
                 )
                 await finish_uninterrupted(asyncio.to_thread(staging.move_in, stage / "new", final))
         return Layer(digest=final.name, path=final)
+
+
+def _needs_no_vm(agent: Agent) -> None:
+    if agent.imported:
+        raise UsageError(f"the agent {agent.name!r} runs on the image {agent.image!r}, which takes a VM")
 
 
 def own_modules(agent: Agent) -> dict[str, bytes]:
