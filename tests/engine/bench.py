@@ -77,7 +77,7 @@ async def serve(database: str, max_vms: int, say: Callable[[str], object] = out)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))
     agent = NullAgent()
     url = database if "://" in database else f"sqlite:///{database}"
-    async with Store.open(url) as store, store.watching() as wake:
+    async with Store.open(url) as store, store.watching(events=False) as wake:
         await store.register_host(_machine())
         worker = Worker(store=store, engine=agent, name=f"bench:{os.getpid()}", lease_seconds=LEASE_SECONDS)
         dispatcher = Dispatcher(store=store, worker=worker, wake=wake, max_vms=max_vms, memory=None, grace_seconds=10.0)

@@ -434,7 +434,7 @@ async def dispatcher(
         await stack.enter_async_context(sharing.sharing(settings, opened))
         vm_parts = _vms(settings, opened, chosen, warm=warm, slots=max_vms, ahead=min(2, max_vms))
         parts = await stack.enter_async_context(vm_parts)
-        wake = await stack.enter_async_context(opened.watching())
+        wake = await stack.enter_async_context(opened.watching(events=False))
         ours = _worker(settings, opened, parts)
         sandboxes = _sandboxes(settings, opened, parts, ours, most=max_sandboxes)
         started, agreed = process.start_time(os.getpid()), this_host.agreed(settings)

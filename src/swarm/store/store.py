@@ -171,9 +171,10 @@ class Store:
             await asyncio.shield(store._close())
 
     @asynccontextmanager
-    async def watching(self) -> AsyncIterator[Wake]:
-        """Notices commits by any process. Raises StoreError."""
-        async with self._db.watching() as wake:
+    async def watching(self, *, events: bool = True) -> AsyncIterator[Wake]:
+        """Notices commits by any process; with PostgreSQL and ``events`` False, not those that only add events. Raises
+        StoreError."""
+        async with self._db.watching(events=events) as wake:
             self._db.wakes.append(wake)
             try:
                 yield wake

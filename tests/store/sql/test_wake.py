@@ -19,8 +19,9 @@ import pytest
 from asyncinotify import Mask
 
 from swarm.errors import Conflict, StoreError
-from swarm.model import Succeeded, Ticket
+from swarm.model import Event, Succeeded, Ticket
 from swarm.store.sql.dialect import Sql
+from swarm.store.sql.postgresql import TOLD
 from swarm.store.sql.transaction import Tx
 from swarm.store.sql.wake import FileWake
 from swarm.store.store import Store
@@ -29,6 +30,7 @@ from tests.conftest import need
 from tests.store.databases import ECHO, LEASE, Outside, PostgresBackend
 
 INSERT_TICKET = Sql("INSERT INTO tickets (id) VALUES (:id)")
+TELLS = Sql("SELECT current_setting('swarm.tells') AS tells")
 
 
 @pytest.fixture
@@ -217,9 +219,48 @@ async def test_own_commits_are_noticed_and_those_that_change_nothing_are_not(pos
         (claim,) = await store.claim("w", lease_seconds=LEASE)
         assert await wake.changed(timeout_seconds=60)
         assert await store.claim("w", lease_seconds=LEASE) == []
+        await store.renew([claim.attempt_id], lease_seconds=LEASE)
+        await store.running(claim.attempt_id, 7)
         assert not await wake.changed(timeout_seconds=0.2)
         await store.finish(claim.attempt_id, Succeeded(outputs="{}"), timings={}, vm_time_ms=1.0)
         assert await wake.changed(timeout_seconds=60)
+
+
+async def test_an_engine_does_not_notice_what_agents_print(postgresql_url: str) -> None:
+    async with (
+        Store.open(postgresql_url) as store,
+        store.watching() as follower,
+        store.watching(events=False) as engine,
+    ):
+        await store.add_ticket(Ticket(id="t", title="t", state="ready", agent_id=ECHO.id))
+        assert await follower.changed(timeout_seconds=60) and await engine.changed(timeout_seconds=60)
+        await store.append([Event(ticket_id="t", kind="output", data={"stream": "stdout", "text": "hello"})])
+        assert await follower.changed(timeout_seconds=60)
+        assert not await engine.changed(timeout_seconds=0.2)
+
+
+async def test_own_connections_tell_after_their_commit(postgresql: PostgresBackend, postgresql_url: str) -> None:
+    """Of the tables whose triggers tell of other programs' changes."""
+    with contextlib.closing(postgresql.outside(postgresql_url)) as outside:
+        triggers = dict(
+            outside.execute(
+                "SELECT CAST(CAST(tgrelid AS regclass) AS text), pg_get_triggerdef(oid) FROM pg_trigger "
+                "WHERE right(tgname, 7) = '_notify'"
+            )
+        )
+        assert set(triggers) == TOLD
+        assert all("swarm.tells" in definition for definition in triggers.values())
+        async with Store.open(postgresql_url) as store:
+            (row,) = await store._write.call(lambda tx: tx.all(TELLS))
+            assert row.tells == "on"
+            outside.execute("LISTEN swarm")
+            await store.add_ticket(Ticket(id="t", title="t", state="ready", agent_id=ECHO.id))
+            assert await asyncio.to_thread(told, outside) == ["public"]
+
+
+def told(outside: Outside) -> list[str]:
+    """The notice that has come, or comes."""
+    return [notice.payload for notice in outside._connection.notifies(timeout=60, stop_after=1)]  # type: ignore[attr-defined]
 
 
 async def test_other_schemas_of_the_database_are_not_ours(postgresql: PostgresBackend, postgresql_url: str) -> None:

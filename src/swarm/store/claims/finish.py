@@ -34,7 +34,7 @@ from swarm.store.runs.packing import Packed
 from swarm.store.runs.workflow_engine import WorkflowEngine, refresh_waiting
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import Renewal, event_values, storable_json
-from swarm.store.sql.transaction import Row, Tx, one_row
+from swarm.store.sql.transaction import Row, Tx, one_row, untold
 from swarm.store.tickets import dependencies
 from swarm.store.tickets.changes import FENCE_BY_ID, FENCE_EXPIRED, Changes, Culprit, owns
 from swarm.store.tickets.events import APPEND, APPEND_OF_SANDBOX
@@ -44,9 +44,9 @@ from swarm.store.tickets.isolation import Isolation
 HOST_TRIES: Final = 3
 _SWEEP_LIMIT: Final = 500
 
-_EXTEND: Final = one_row("UPDATE attempts SET lease_until = :lease_until WHERE id = :id")
-_SET_VM: Final = Sql("UPDATE attempts SET vm_id = :vm_id WHERE id = :id")
-_SET_STEP_VM: Final = Sql("UPDATE step_executions SET vm_id = :vm_id WHERE id = :id")
+_EXTEND: Final = untold(one_row("UPDATE attempts SET lease_until = :lease_until WHERE id = :id"))
+_SET_VM: Final = untold(Sql("UPDATE attempts SET vm_id = :vm_id WHERE id = :id"))
+_SET_STEP_VM: Final = untold(Sql("UPDATE step_executions SET vm_id = :vm_id WHERE id = :id"))
 
 
 _SKIPPED: Final = LeaseLost("the database refuses all changes of its ticket (the log and `swarm doctor` say why)")

@@ -20,7 +20,7 @@ from swarm.store.sandboxes.snapshots import values as snapshot_values
 from swarm.store.sql.conditions import SANDBOX_HELD
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import lenient, message
-from swarm.store.sql.transaction import Row, Tx, one_row
+from swarm.store.sql.transaction import Row, Tx, one_row, untold
 from swarm.store.tickets.changes import MENDED
 from swarm.store.tickets.validation import BadRow, shown, storable
 
@@ -37,7 +37,7 @@ EXPIRED: Final = Sql(
     "AND (lease_until IS NULL OR lease_until <= :now_ms OR lease_until >= '') LIMIT :limit"
 )
 _LET_GO: Final = one_row("UPDATE sandboxes SET hold_id = NULL, lease_until = NULL, vm_id = NULL WHERE id = :id")
-_RENEW: Final = one_row("UPDATE sandboxes SET lease_until = :lease_until WHERE id = :id")
+_RENEW: Final = untold(one_row("UPDATE sandboxes SET lease_until = :lease_until WHERE id = :id"))
 SET_WANTED: Final = one_row("UPDATE sandboxes SET wanted = :wanted, error = :error WHERE id = :id")
 _USED: Final = one_row("UPDATE sandboxes SET used_at = :now WHERE id = :id")
 _RUNNING: Final = one_row(

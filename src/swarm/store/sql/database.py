@@ -68,8 +68,8 @@ class Database:
         self._changed: files.OpenFiles | None = None  # what was opened before it was changed from outside
         self.place = str(self.file) if self.file else self.url
 
-    def watching(self) -> AbstractAsyncContextManager[Wake]:
-        return self.dialect.watching(self._url)
+    def watching(self, *, events: bool) -> AbstractAsyncContextManager[Wake]:
+        return self.dialect.watching(self._url, events)
 
     def check_directory(self) -> None:
         if self.file is not None and not self._test(self.file.parent.is_dir):

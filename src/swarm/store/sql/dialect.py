@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,9 @@ class Dialect:
     # whether those of :them that write events, and began after :since, have ended.
     newest_event: str | None
     has_ended: str
+    # (tables that a transaction has changed): SQL that tells those who wait for changes, after the COMMIT; None if
+    # nobody waits for these. None for a database whose files tell it.
+    tell: Callable[[AbstractSet[str]], str | None] | None
     lock: str | None  # takes the write lock, and changes nothing. None: there is none
     warm_up: str | None  # reads what changes of a :ticket_id are about to write
     # Of a transaction that others came between, before it takes the lock from the start. None: there is no such lock,
@@ -88,7 +92,8 @@ class Dialect:
     # and whether it is a statement for each row, to be prepared; else it is one for all.
     changes: Callable[[Any, str, Sequence[Mapping[str, Any]], bool], tuple[str, Sequence[Any], bool]] | None
     connect: Callable[[str, bool, float], Any]  # (URL, will write, busy timeout in seconds): the driver's connection
-    watching: Callable[[str], AbstractAsyncContextManager[Wake]]  # of a URL. Raises StoreError
+    # (URL, also commits that only add events). Raises StoreError
+    watching: Callable[[str, bool], AbstractAsyncContextManager[Wake]]
     file: Callable[[str], Path | None]  # of a URL. None: this database is not a file. Raises UsageError
     driver_error: type[Exception]  # the base class of the driver's exceptions
     # The message for an error of the database itself, None for all others.

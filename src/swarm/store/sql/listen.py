@@ -1,8 +1,9 @@
 """Notices within milliseconds that any program committed to the PostgreSQL database: LISTEN, by a connection of its own
 in the event loop, without a thread.
 
-The triggers `*_notify` send one notice for each transaction that changed rows that matter, whoever wrote them. While
-the connection is lost nothing is noticed, so whoever waits is told to look as soon as there is a new one.
+There is one notice for each transaction that changed rows that matter: other programs' by the triggers `*_notify`,
+Swarm's own after the COMMIT (`Dialect.tell`). While the connection is lost nothing is noticed, so whoever waits is told
+to look as soon as there is a new one.
 """
 
 from __future__ import annotations
@@ -30,18 +31,21 @@ _PREPARE: Final = "SET idle_session_timeout = 0; LISTEN swarm"
 class Listener:
     """Use `watching`. One waiter at a time."""
 
-    def __init__(self, parameters: Mapping[str, Any], explain: Callable[[BaseException], str]) -> None:
-        self._parameters, self._explain = parameters, explain
+    def __init__(
+        self, parameters: Mapping[str, Any], explain: Callable[[BaseException], str], *, events: bool = True
+    ) -> None:
+        self._parameters, self._explain, self._events = parameters, explain, events
         self._changed = asyncio.Event()
-        self._schema = b""
+        self._told: tuple[bytes, ...] = ()
 
     @classmethod
     @asynccontextmanager
     async def watching(
-        cls, parameters: Mapping[str, Any], explain: Callable[[BaseException], str]
+        cls, parameters: Mapping[str, Any], explain: Callable[[BaseException], str], *, events: bool = True
     ) -> AsyncIterator[Listener]:
-        """``parameters``: of `psycopg.connect`. ``explain``: what to say of an error. Raises StoreError."""
-        listener = cls(parameters, explain)
+        """``parameters``: of `psycopg.connect`. ``explain``: what to say of an error. ``events``: also notice commits
+        that only add events. Raises StoreError."""
+        listener = cls(parameters, explain, events=events)
         try:
             connection = await listener._connect()
         except (psycopg.Error, OSError) as error:
@@ -75,7 +79,8 @@ class Listener:
         try:
             await connection.execute(_PREPARE)
             row = await (await connection.execute("SELECT current_schema()")).fetchone()
-            self._schema = str(row[0]).encode() if row else b""
+            schema = str(row[0]).encode() if row else b""
+            self._told = (schema, schema + b":events") if self._events else (schema,)
         except BaseException:
             await connection.close()
             raise
@@ -103,7 +108,7 @@ class Listener:
             try:
                 server.consume_input()
                 while (notice := server.notifies()) is not None:
-                    if notice.extra == self._schema:
+                    if notice.extra in self._told:
                         self._changed.set()
             except psycopg.Error as error:
                 loop.remove_reader(descriptor)

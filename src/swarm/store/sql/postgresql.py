@@ -11,6 +11,7 @@ import itertools
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractAsyncContextManager
 from functools import lru_cache
 from typing import Any, Final
@@ -143,6 +144,7 @@ def _prepare(connection: Any, write: bool, busy_timeout_seconds: float) -> None:
         "default_transaction_read_only": "off" if write else "on",
         "client_encoding": "UTF8",
         "TimeZone": "UTC",
+        "swarm.tells": "on",
     }
     each = ", ".join(["pg_catalog.set_config(%s, %s, false)"] * len(settings))
     asked = connection.execute(f"SELECT {each}, {_ONE_SCHEMA}, {_OPEN}", list(itertools.chain(*settings.items())))
@@ -244,13 +246,27 @@ def _is_locked(error: BaseException | None) -> bool:
     return isinstance(error, errors.SerializationFailure | errors.DeadlockDetected | errors.LockNotAvailable)
 
 
-def _watching(url: str) -> AbstractAsyncContextManager[Wake]:
+# Those with a trigger `*_notify`, for other programs' changes. Ours switch it off (`swarm.tells`), and tell after their
+# COMMIT: NOTIFY in a transaction holds a lock of the whole database until its COMMIT is on the disk.
+TOLD: Final = frozenset(
+    ("tickets", "ticket_dependencies", "agents", "workflows", "schedules", "workflow_runs", "step_executions")
+) | {"attempts", "events", "sandboxes", "snapshots"}
+
+
+def _tell(tables: AbstractSet[str]) -> str | None:
+    if TOLD.isdisjoint(tables):
+        return None
+    events = " || ':events'" if tables == {"events"} else ""
+    return f"SELECT pg_notify('swarm', current_schema(){events})"
+
+
+def _watching(url: str, events: bool) -> AbstractAsyncContextManager[Wake]:
     def told(error: BaseException) -> str:
         return (_explain(error) or "can't watch the database {place}: {error}").format(
             place=without_password(url), error=said(error), busy=0.0
         )
 
-    return Listener.watching(_parameters(url), told)
+    return Listener.watching(_parameters(url), told, events=events)
 
 
 # `them`: transactions with lower numbers.
@@ -297,6 +313,7 @@ POSTGRESQL: Final = Dialect(
     begin_migration="BEGIN; SELECT pg_advisory_xact_lock(hashtext('swarm migration'))",
     newest_event=_NEWEST_EVENT,
     has_ended=_HAS_ENDED,
+    tell=_tell,
     lock=None,
     warm_up=None,
     tries=None,

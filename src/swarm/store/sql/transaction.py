@@ -6,6 +6,7 @@ Synchronous on purpose; only the threads of threads.py use it (docs/adr/0002-sto
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,15 @@ def one_row(sql: str) -> Sql:
     return statement
 
 
+_UNTOLD: Final = set[Sql]()
+
+
+def untold(statement: Sql) -> Sql:
+    """A change that nobody waits for: see `Dialect.tell`."""
+    _UNTOLD.add(statement)
+    return statement
+
+
 @cache
 def _in(statement: Sql, count: int) -> str:
     """A statement with ``IN :ids``, for ``count`` values."""
@@ -43,6 +53,16 @@ def _in(statement: Sql, count: int) -> str:
 def chars(row: Row) -> int:
     """Of all its columns."""
     return sum([len(value) for value in row if isinstance(value, str | bytes)])
+
+
+_TABLE: Final = re.compile(r"(?:INSERT INTO|UPDATE|DELETE FROM) (\w+)")
+
+
+@cache
+def _table(statement: str) -> str | None:
+    """Which it changes."""
+    found = _TABLE.match(statement)
+    return found[1] if found is not None else None
 
 
 def filled(name: str, values: Sequence[str]) -> dict[str, str]:
@@ -121,6 +141,7 @@ class Tx:
         self._locked = False
         self.joined = False  # it serves requests for two functions
         self._begin: str | None = None  # sent together with the first statement
+        self._told = set[str]()  # tables whose changes others may wait for
         self._ahead = dict[object, list[Row]]()
         self._once = dict[object, Row | None]()
 
@@ -194,8 +215,15 @@ class Tx:
         a trigger with RAISE(IGNORE) drops a change without an error."""
         if rows:
             self._unwritten.append((statement, rows))
+            if statement not in _UNTOLD:
+                self._note(statement)
+
+    def _note(self, statement: str) -> None:
+        if self.dialect.tell is not None and (table := _table(statement)) is not None:
+            self._told.add(table)
 
     def _execute(self, sql: str, values: Mapping[str, Any]) -> None:
+        self._note(sql)  # some change, and return rows
         if self.dialect.pipeline is None:
             if self._unwritten:
                 self.write()
@@ -285,12 +313,30 @@ class Tx:
             self.connection.lock_seconds += time.monotonic() - began
 
     def commit(self) -> None:
+        if self.dialect.tell is not None and (told := self.dialect.tell(self._told)) is not None:
+            self._commit_and_tell(told)
+            return
         if not self._unwritten and not self._locked:
             self.connection.driver.commit()
             return
         self._warm_up()
         with ahead_of_others():
             self.write(commit=True)
+
+    def _commit_and_tell(self, told: str) -> None:
+        """On one way to the server and back. Whether others can be told changes nothing that is committed."""
+        driver, sent = self.connection.driver, list[Any]()
+
+        def end() -> None:
+            sent.append(driver.execute("COMMIT", prepare=False))
+            driver.execute(told, prepare=False)
+
+        try:
+            with ahead_of_others():
+                self._send(end, several=True)
+        except self.dialect.driver_error:
+            if not sent or sent[0].statusmessage != "COMMIT":
+                raise
 
     def _warm_up(self) -> None:
         """Read what will be written, before the lock is taken."""

@@ -577,23 +577,35 @@ END $$;
 CREATE TRIGGER sandboxes_renamed BEFORE UPDATE OF id ON sandboxes FOR EACH ROW
   WHEN (NEW.id IS DISTINCT FROM OLD.id) EXECUTE FUNCTION swarm_sandbox_renamed();
 
--- Engines and servers listen for what any program commits.
+-- Engines and servers listen for what any program commits. Swarm's own connections tell after their COMMIT: whoever
+-- tells within a transaction lets no other one commit that does so, until its own is on the disk.
 CREATE FUNCTION swarm_changed() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
   PERFORM pg_catalog.pg_notify('swarm', TG_TABLE_SCHEMA);
   RETURN NULL;
 END $$;
-CREATE TRIGGER tickets_notify AFTER INSERT OR UPDATE OR DELETE ON tickets FOR EACH STATEMENT EXECUTE FUNCTION swarm_changed();
-CREATE TRIGGER ticket_dependencies_notify AFTER INSERT OR UPDATE OR DELETE ON ticket_dependencies FOR EACH STATEMENT EXECUTE FUNCTION swarm_changed();
-CREATE TRIGGER agents_notify AFTER INSERT OR UPDATE OR DELETE ON agents FOR EACH STATEMENT EXECUTE FUNCTION swarm_changed();
-CREATE TRIGGER workflows_notify AFTER INSERT OR UPDATE OR DELETE ON workflows FOR EACH STATEMENT EXECUTE FUNCTION swarm_changed();
-CREATE TRIGGER schedules_notify AFTER INSERT OR UPDATE OR DELETE ON schedules FOR EACH STATEMENT EXECUTE FUNCTION swarm_changed();
-CREATE TRIGGER workflow_runs_notify AFTER INSERT OR UPDATE OR DELETE ON workflow_runs FOR EACH STATEMENT EXECUTE FUNCTION swarm_changed();
-CREATE TRIGGER step_executions_notify AFTER INSERT OR UPDATE OR DELETE ON step_executions FOR EACH STATEMENT EXECUTE FUNCTION swarm_changed();
-CREATE TRIGGER attempts_notify AFTER INSERT OR UPDATE OR DELETE ON attempts FOR EACH STATEMENT EXECUTE FUNCTION swarm_changed();
-CREATE TRIGGER events_notify AFTER INSERT OR UPDATE OR DELETE ON events FOR EACH STATEMENT EXECUTE FUNCTION swarm_changed();
-CREATE TRIGGER sandboxes_notify AFTER INSERT OR UPDATE OR DELETE ON sandboxes FOR EACH STATEMENT EXECUTE FUNCTION swarm_changed();
-CREATE TRIGGER snapshots_notify AFTER INSERT OR UPDATE OR DELETE ON snapshots FOR EACH STATEMENT EXECUTE FUNCTION swarm_changed();
+CREATE TRIGGER tickets_notify AFTER INSERT OR UPDATE OR DELETE ON tickets FOR EACH STATEMENT
+  WHEN (current_setting('swarm.tells', true) IS DISTINCT FROM 'on') EXECUTE FUNCTION swarm_changed();
+CREATE TRIGGER ticket_dependencies_notify AFTER INSERT OR UPDATE OR DELETE ON ticket_dependencies FOR EACH STATEMENT
+  WHEN (current_setting('swarm.tells', true) IS DISTINCT FROM 'on') EXECUTE FUNCTION swarm_changed();
+CREATE TRIGGER agents_notify AFTER INSERT OR UPDATE OR DELETE ON agents FOR EACH STATEMENT
+  WHEN (current_setting('swarm.tells', true) IS DISTINCT FROM 'on') EXECUTE FUNCTION swarm_changed();
+CREATE TRIGGER workflows_notify AFTER INSERT OR UPDATE OR DELETE ON workflows FOR EACH STATEMENT
+  WHEN (current_setting('swarm.tells', true) IS DISTINCT FROM 'on') EXECUTE FUNCTION swarm_changed();
+CREATE TRIGGER schedules_notify AFTER INSERT OR UPDATE OR DELETE ON schedules FOR EACH STATEMENT
+  WHEN (current_setting('swarm.tells', true) IS DISTINCT FROM 'on') EXECUTE FUNCTION swarm_changed();
+CREATE TRIGGER workflow_runs_notify AFTER INSERT OR UPDATE OR DELETE ON workflow_runs FOR EACH STATEMENT
+  WHEN (current_setting('swarm.tells', true) IS DISTINCT FROM 'on') EXECUTE FUNCTION swarm_changed();
+CREATE TRIGGER step_executions_notify AFTER INSERT OR UPDATE OR DELETE ON step_executions FOR EACH STATEMENT
+  WHEN (current_setting('swarm.tells', true) IS DISTINCT FROM 'on') EXECUTE FUNCTION swarm_changed();
+CREATE TRIGGER attempts_notify AFTER INSERT OR UPDATE OR DELETE ON attempts FOR EACH STATEMENT
+  WHEN (current_setting('swarm.tells', true) IS DISTINCT FROM 'on') EXECUTE FUNCTION swarm_changed();
+CREATE TRIGGER events_notify AFTER INSERT OR UPDATE OR DELETE ON events FOR EACH STATEMENT
+  WHEN (current_setting('swarm.tells', true) IS DISTINCT FROM 'on') EXECUTE FUNCTION swarm_changed();
+CREATE TRIGGER sandboxes_notify AFTER INSERT OR UPDATE OR DELETE ON sandboxes FOR EACH STATEMENT
+  WHEN (current_setting('swarm.tells', true) IS DISTINCT FROM 'on') EXECUTE FUNCTION swarm_changed();
+CREATE TRIGGER snapshots_notify AFTER INSERT OR UPDATE OR DELETE ON snapshots FOR EACH STATEMENT
+  WHEN (current_setting('swarm.tells', true) IS DISTINCT FROM 'on') EXECUTE FUNCTION swarm_changed();
 
 -- They have the rights of who made them: nobody else may put them on a table of his own, with rows of his own.
 REVOKE EXECUTE ON FUNCTION swarm_ticket_deleted(),
