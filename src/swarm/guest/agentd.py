@@ -450,7 +450,7 @@ class Zygote:
             self.commands.detach()  # or its finalizer would close a descriptor that the agent uses by then
             signal.set_wakeup_fd(-1)
             report = become(order, fds)
-            return Job(order, report) if order["op"] == "run" else wait_for_order(report, warm=bool(order["warm"]))
+            return Job(order, report) if order["op"] == "run" else wait_for_order(report, touch=bool(order["touch"]))
         self.main = max(pid, 0)
         for fd in fds[:3]:
             os.close(fd)
@@ -784,11 +784,11 @@ def set_environment(order: Header) -> None:
         os.environ[name] = value
 
 
-def wait_for_order(report: int, warm: bool) -> Job:
+def wait_for_order(report: int, touch: bool) -> Job:
     """The process of the next agent, forked before a template is taken. All that needs no knowledge of the agent is
     done here, so that a clone needn't translate that code. It holds no secret, and renews the random state that it
     shares with its siblings when its order arrives."""
-    if warm:
+    if touch:
         touch_pages()
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=report)
     buffer = bytearray(MAX_ORDER)
@@ -2203,6 +2203,7 @@ class Agentd:
         self.image_env: dict[str, str] = {}
         self.own_space = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC) if image else -1
         self.image_space = -1  # the mount namespace of agents, if it is another
+        self.hurried = False  # the next agent's process is forked while a host waits: it may be in no template
         self.users = dict(USERS)
         self.groups: list[int] = []  # of user agent, besides its own
         self.token = key_of(word) if self.in_vm and (word := boot_token()) else None
@@ -2486,6 +2487,7 @@ class Agentd:
         if "cannot" in said:
             raise RuntimeError(f"can't enter the image: {said['cannot']}")
         forbid_imports()  # threads of this process go there too
+        self.hurried = True
         self.image_space = os.open(f"/proc/{self.zygote_pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         if self.next:  # it was forked before, with the other root
             self.next.close()
@@ -3015,7 +3017,7 @@ class Agentd:
             links = AgentLinks()
             try:
                 order: Header = {"op": "park", "user": self.rights("agent"), "env": self.environment("agent")}
-                order["warm"] = not self.image
+                order["touch"], self.hurried = not self.hurried, False
                 if self.image:  # it knows only the number that it has in its own namespace
                     links.report.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
                 links.hand_over(self, order)
