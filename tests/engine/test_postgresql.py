@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.needs("postgres"), pytest.mark.slow]  # a server, and 
 
 Harm = Callable[["World"], AbstractContextManager[None]]
 LEASE_SECONDS = 4
-QUICK = "import json; json.dump({}, open('output.json', 'w'))"
+QUICK = "import json; print('said'); json.dump({}, open('output.json', 'w'))"
 # The first try never ends by itself.
 SLOW = f"""
 import os, time
@@ -297,4 +297,7 @@ def proved(world: World) -> None:
             "SELECT ticket_id FROM events WHERE kind = 'transition' AND step_id IS NULL "
             "AND data::json ->> 'to' = 'done' GROUP BY ticket_id HAVING count(*) > 1"
         ).fetchall()
-    assert twice == []
+        said = admin.execute(
+            "SELECT attempt_id FROM events WHERE kind = 'output' GROUP BY attempt_id HAVING count(*) > 1"
+        ).fetchall()
+    assert twice == [] and said == []

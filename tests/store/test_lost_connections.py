@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import psycopg
 import pytest
 
 from swarm.admin.prove import judge
 from swarm.errors import Conflict, LeaseLost, StoreError
 from swarm.ledger import Account, Bill, Order, Spend
-from swarm.model import Claim, Succeeded, Ticket
+from swarm.model import Claim, Event, Failed, FailureReason, Succeeded, Ticket
+from swarm.store.claims.finish import AppendRequest
 from swarm.store.store import Store
 from swarm.triggers.schedules import Scheduler
 from tests.cel.local import Local
@@ -214,6 +216,62 @@ async def test_a_renewal(proxy: Proxy, ready: Store, outside: Outside, cut: str)
     claim = await claim_one(ready)
     renewal = await twice(proxy, cut, lambda: ready.renew([claim.attempt_id], lease_seconds=LEASE))
     assert not renewal.lost and not renewal.cancelled
+
+
+@both
+async def test_what_an_agent_printed(proxy: Proxy, ready: Store, outside: Outside, cut: str) -> None:
+    insert(outside, "t")
+    claim = await claim_one(ready)
+    same = Event(ticket_id="t", attempt_id=claim.attempt_id, kind="output", data={"text": "same\n"})
+    await ready.append([same])
+    lines = AppendRequest(events=[same, same])
+    await twice(proxy, cut, lambda: ready.append(lines))
+    await ready.append(AppendRequest(events=[same]))
+    assert outside.execute("SELECT count(*) FROM events WHERE kind = 'output'") == [(4,)]
+
+
+async def test_what_an_agent_printed_before_a_fail_over_that_lost_it(ready: Store, outside: Outside) -> None:
+    """The new primary has not given that number to a transaction yet."""
+    insert(outside, "t")
+    lines = AppendRequest(events=[Event(ticket_id="t", kind="output", data={})], transaction=str(1 << 62))
+    await ready.append(lines)
+    assert outside.execute("SELECT count(*) FROM events WHERE kind = 'output'") == [(1,)]
+
+
+async def test_what_an_agent_printed_while_the_server_still_has_it(
+    ready: Store, outside: Outside, postgresql_url: str
+) -> None:
+    """It notices late that a connection broke: nobody knows, until then."""
+    insert(outside, "t")
+    with psycopg.connect(postgresql_url) as other:
+        number = str(other.execute("SELECT CAST(pg_current_xact_id() AS text)").fetchall()[0][0])
+        lines = AppendRequest(events=[Event(ticket_id="t", kind="output", data={})], transaction=number)
+        with pytest.raises(StoreError, match="still has a transaction"):
+            await ready.append(lines)
+        other.commit()
+    await ready.append(lines)
+    assert outside.execute("SELECT count(*) FROM events WHERE kind = 'output'") == [(0,)]
+
+
+@both
+async def test_an_end_with_what_was_printed_last(proxy: Proxy, ready: Store, outside: Outside, cut: str) -> None:
+    insert(outside, "t", agent_id=RETRY.id)
+    claim = await claim_one(ready)
+    last = [Event(ticket_id="t", attempt_id=claim.attempt_id, kind="output", data={"text": "last\n"})]
+    failed = Failed(reason=FailureReason.AGENT_FAILED, message="no")
+    tries = iter((False, True))
+    told = await twice(
+        proxy,
+        cut,
+        lambda: ready.finish(claim.attempt_id, failed, timings={}, vm_time_ms=0, events=last, again=next(tries)),
+    )
+    assert told is None
+    assert outside.execute("SELECT count(*) FROM events WHERE kind = 'output'") == [(1,)]
+    await ready.shift_clock(round(LEASE * 1000))
+    assert (await claim_one(ready)).attempt_number == 2
+    with pytest.raises(LeaseLost):  # it is another's now
+        await ready.finish(claim.attempt_id, Succeeded(outputs="1"), timings={}, vm_time_ms=0, again=True)
+    await proved(ready, outside)
 
 
 @both

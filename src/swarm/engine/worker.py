@@ -23,6 +23,7 @@ from swarm.engine import leases
 from swarm.engine.engine import Watcher
 from swarm.errors import HostError, LeaseLost, StoreError, SwarmError, TicketWithdrawn
 from swarm.model import Cancelled, Claim, Event, Failed, FailureReason, Interrupted, Outcome
+from swarm.store.claims.finish import AppendRequest
 from swarm.store.sql.rows import dump
 from swarm.store.store import Store
 from swarm.store.tickets.room import Room
@@ -127,6 +128,7 @@ class Worker:
         self.stopping = False  # from now on, attempts that lose their VM are put back instead of failed
         self._running: dict[str, Attempt] = {}
         self._events: list[Event] = []  # of ended attempts
+        self._unsure: AppendRequest | None = None  # others that were not written, for all that is known
         self._unwritten = asyncio.Event()  # there are events or VM numbers to write
 
     @property
@@ -272,6 +274,7 @@ class Worker:
                     events=events,
                     in_workflow=claim.in_workflow,
                     queued=attempt.outcome_queued,
+                    again=bool(said),
                 )
             except TicketWithdrawn:
                 log.info("ticket ended", ticket=claim.ticket.id, outcome="cancelled", attempt=claim.attempt_number)
@@ -355,18 +358,18 @@ class Worker:
         crash_points.reach("flushed")
 
     async def _append_events(self) -> None:
+        if self._unsure is not None:
+            await self._store.append(self._unsure)  # a connection may have broken behind the COMMIT
         batch, self._events = self._events, []
-        # Also those whose events are in `self._events`, since they could not be written before: they wait for it.
+        # Also those whose events could not be written before: they wait for it.
         taken = [attempt for attempt in self._running.values() if attempt.events or attempt.unwritten_bytes]
         sizes = [attempt.unwritten_bytes for attempt in taken]
         for attempt in taken:
             batch += attempt.events
             attempt.events = []
-        try:
-            await self._store.append(batch)
-        except StoreError:
-            self._events = batch + self._events
-            raise
+        self._unsure = AppendRequest(events=batch)
+        await self._store.append(self._unsure)
+        self._unsure = None
         for attempt, size in zip(taken, sizes, strict=True):
             attempt.unwritten_bytes -= size
             attempt.written.set()

@@ -36,6 +36,7 @@ from swarm.model import (
 from swarm.store import audit, details, hosts, spending
 from swarm.store.claims import approvals, finish, retry_from
 from swarm.store.claims.claim import Claimer
+from swarm.store.claims.finish import AppendRequest
 from swarm.store.claims.kept import HOST_TIMEOUT_SECONDS
 from swarm.store.claims.request import Claimed, ClaimRequest
 from swarm.store.details import TicketDetails
@@ -542,12 +543,14 @@ class Store:
         events: Sequence[Event] = (),
         in_workflow: bool = False,
         queued: Callable[[], None] = lambda: None,
+        again: bool = False,
     ) -> None:
         """End an attempt, and with it its step, run and ticket, unless the retry policy allows another try.
 
         ``events`` are the attempt's last events, written before the transitions. ``in_workflow``, from the claim: its
         outputs are packed before the write lock is taken. ``queued`` is called once the request is queued; later
-        requests run after it, or in its transaction.
+        requests run after it, or in its transaction. ``again``: it was tried before, with these events, and
+        maybe written: then there is nothing to do.
 
         Raises LeaseLost, and changes nothing, when the attempt no longer owns its step. StoreError also when no process
         can be started for the packing.
@@ -571,6 +574,7 @@ class Store:
             vm_id=vm_id,
             events=tuple(events),
             packed=packed,
+            again=again,
         )
         with self._write.at_once():
             written = self._write.submit_batch(self._finisher.finish, request)
@@ -799,10 +803,12 @@ class Store:
 
     # --- events -------------------------------------------------------------------------------------------------------
 
-    async def append(self, new: Sequence[Event]) -> None:
-        """The database sets ``seq`` and ``at``. Events of tickets that don't exist are dropped."""
-        if new:
-            await self._write.call_batch(self._finisher.append, tuple(new))
+    async def append(self, new: Sequence[Event] | AppendRequest) -> None:
+        """The database sets ``seq`` and ``at``. Events of tickets that don't exist are dropped. One request is written
+        once, however often it is tried after a StoreError."""
+        request = new if isinstance(new, AppendRequest) else AppendRequest(events=tuple(new))
+        if request.events:
+            await self._write.call_batch(self._finisher.append, request)
 
     async def events(self, ticket_id: str | None, after: int = 0, limit: int = 1000) -> list[Event]:
         """Events with ``seq`` > ``after``, in order. ``ticket_id`` None: of all tickets, including deleted ones."""

@@ -49,6 +49,13 @@ _SET_VM: Final = untold(Sql("UPDATE attempts SET vm_id = :vm_id WHERE id = :id")
 _SET_STEP_VM: Final = untold(Sql("UPDATE step_executions SET vm_id = :vm_id WHERE id = :id"))
 
 
+# What nobody else writes of an attempt.
+_ENDS: Final = {
+    Succeeded: AttemptOutcome.SUCCEEDED,
+    Failed: AttemptOutcome.FAILED,
+    Interrupted: AttemptOutcome.INTERRUPTED,
+}
+
 _SKIPPED: Final = LeaseLost("the database refuses all changes of its ticket (the log and `swarm doctor` say why)")
 
 
@@ -61,6 +68,15 @@ class FinishRequest:
     vm_id: int | None = None
     events: Sequence[Event] = ()
     packed: Packed | None = None  # the outputs as a workflow's step stores them; None: `finish` packs them
+    again: bool = False  # it was tried before: if it was written, all is well
+
+
+@dataclass(slots=True, kw_only=True)
+class AppendRequest:
+    """Made once for all tries. ``transaction``: of the last one, whose answer may have been lost."""
+
+    events: Sequence[Event]
+    transaction: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +145,9 @@ class Finisher:
         ended: set[str] = set()  # by an earlier request of this batch
         for number, request in changes.each(enumerate(requests), lambda one: ticket(one[1])):
             row = rows.get(request.attempt_id)
+            if request.again and row is not None and row.outcome == _ENDS.get(type(request.outcome)):
+                results[number] = None
+                continue
             if row is None or request.attempt_id in ended or not owns(row):
                 results[number] = _lost(request.attempt_id, row, just_ended=request.attempt_id in ended)
                 continue
@@ -195,11 +214,15 @@ class Finisher:
             changes.flush()
         return list(results.values())
 
-    def append(self, tx: Tx, requests: Sequence[Sequence[Event]]) -> Sequence[None]:
+    def append(self, tx: Tx, requests: Sequence[AppendRequest]) -> Sequence[None]:
         """Add what attempts print and do, and what is done in sandboxes. Events whose ticket or sandbox was deleted are
         dropped."""
+        number = tx.number
+        missing = [one for one in requests if not (one.transaction and tx.was_committed(one.transaction))]
+        for request in missing:
+            request.transaction = number
         with self._isolation.of(tx) as changes:
-            new = [event for events in requests for event in events]
+            new = [event for one in missing for event in one.events]
             for event in changes.each(
                 new, lambda one: Culprit("sandbox", one.sandbox_id) if one.sandbox_id else one.ticket_id
             ):

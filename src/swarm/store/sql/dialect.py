@@ -76,6 +76,10 @@ class Dialect:
     # (tables that a transaction has changed): SQL that tells those who wait for changes, after the COMMIT; None if
     # nobody waits for these. None for a database whose files tell it.
     tell: Callable[[AbstractSet[str]], str | None] | None
+    # The number of this transaction, and what became of the one with the number `:id` ('committed', 'aborted', 'in
+    # progress'; NULL: nobody knows), whose COMMIT had no answer; None: there is always one.
+    number: str | None
+    became: str
     lock: str | None  # takes the write lock, and changes nothing. None: there is none
     warm_up: str | None  # reads what changes of a :ticket_id are about to write
     # Of a transaction that others came between, before it takes the lock from the start. None: there is no such lock,

@@ -285,6 +285,11 @@ SELECT pg_snapshot_xmin(pg_current_snapshot()) >= CAST(CAST(:them AS text) AS xi
     AND (({_NUMBER} - CAST(CAST(:them AS text) AS bigint)) & 4294967295) >= 2147483648
     AND (({_NUMBER} - CAST(CAST(:since AS text) AS bigint)) & 4294967295) < 2147483648) AS ended"""
 
+# A number that was not given away before this transaction's is one that a fail-over has lost.
+_BECAME: Final = """
+SELECT CASE WHEN CAST(CAST(:id AS text) AS xid8) < pg_current_xact_id()
+  THEN pg_xact_status(CAST(CAST(:id AS text) AS xid8)) END AS became"""
+
 _OURS: Final = "CAST(quote_ident(current_schema()) AS regnamespace)"  # the schema that Swarm's tables are in
 
 POSTGRESQL: Final = Dialect(
@@ -314,6 +319,8 @@ POSTGRESQL: Final = Dialect(
     newest_event=_NEWEST_EVENT,
     has_ended=_HAS_ENDED,
     tell=_tell,
+    number="SELECT CAST(pg_current_xact_id() AS text) AS number",
+    became=_BECAME,
     lock=None,
     warm_up=None,
     tries=None,

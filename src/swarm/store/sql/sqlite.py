@@ -193,6 +193,8 @@ SQLITE: Final = Dialect(
     newest_event=None,
     has_ended="",
     tell=None,
+    number=None,
+    became="",
     lock="UPDATE clock SET offset_ms = 0 WHERE 0",
     warm_up=_WARM_UP,
     alone=(),

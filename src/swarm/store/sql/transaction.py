@@ -15,6 +15,7 @@ from functools import cache, cached_property, partial
 from typing import Any, Final, TypeAlias
 
 from swarm.base.realtime import ahead_of_others
+from swarm.errors import StoreError
 from swarm.store.sql import files
 from swarm.store.sql.dialect import Dialect, Sql, explain
 from swarm.store.sql.rows import iso
@@ -154,6 +155,19 @@ class Tx:
     @cached_property
     def now(self) -> str:
         return iso(self.now_ms)
+
+    @property
+    def number(self) -> str:
+        """By which `was_committed` knows it later. '': not needed, since every COMMIT has an answer."""
+        return str(self.all(Sql(self.dialect.number))[0].number) if self.dialect.number is not None else ""
+
+    def was_committed(self, number: str) -> bool:
+        """Was the transaction of that number? Raises StoreError while its server has not noticed yet that nobody waits
+        for it."""
+        became = self.all(Sql(self.dialect.became), id=number)[0].became if number else None
+        if became == "in progress":
+            raise StoreError("the database still has a transaction whose connection broke")
+        return bool(became == "committed")
 
     @property
     def written_by_others(self) -> int:
