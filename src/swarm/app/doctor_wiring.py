@@ -158,12 +158,13 @@ async def _database(settings: Settings) -> list[Check]:
     from swarm.app import address
     from swarm.doctor import home
     from swarm.doctor.check import fail
+    from swarm.store.sql.dialect import without_password
     from swarm.store.store import Store
 
     checks = []
     try:
         async with wiring.store(settings) as opened:
-            checks += await home.database(settings.database, opened, Store.head(), settings.agents)
+            checks += await home.database(without_password(settings.database), opened, Store.head(), settings.agents)
             if not any(check.status == "fail" for check in checks):  # else the tables may be missing
                 checks += await _layers(settings, opened)
                 checks.append(await _secrets(settings, opened))

@@ -16,6 +16,8 @@ from uuid import uuid4
 import psycopg
 import pytest
 
+from swarm import config
+from swarm.app import doctor_wiring
 from swarm.errors import Locked, StoreError, UsageError
 from swarm.model import Ticket
 from swarm.store.sql.database import Database
@@ -255,6 +257,12 @@ async def test_no_sentence_has_a_part_of_the_password(url: str, sentence: str) -
         async with Store.open(url):
             pass
     assert "heim" not in str(caught.value) and "gehe" not in str(caught.value)
+
+
+async def test_the_doctor_shows_no_password(store: Store, postgresql_url: str, tmp_path: Path) -> None:
+    settings = config.load(home=tmp_path, database_url=with_password(postgresql_url))
+    said = str(await doctor_wiring._database(settings))
+    assert "can be opened" in said and PASSWORD not in said
 
 
 async def test_what_is_wrong_with_each_address_of_a_host_is_said_once() -> None:
