@@ -2,7 +2,8 @@
 
 Both take turns, so that a busy moment of the machine hits both. The server is the machine's own, with its own settings:
 a commit is on the disk before it is told. Beside them, what the tables allow: bare loops of psycopg that claim with
-SKIP LOCKED and write the same rows, and Procrastinate, if it is installed.
+SKIP LOCKED and write the same rows, and of Procrastinate and DBOS those that are installed (`pip install procrastinate
+dbos`): their own queues, each from one program that enqueues and runs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
 import psycopg
 
 from swarm.model import ECHO_AGENT_ID, Succeeded
@@ -80,10 +82,11 @@ def bare_loops(backend: Backend, tickets: int, loops: int) -> float:
     return tickets / seconds
 
 
-def procrastinate(backend: Backend, tickets: int) -> float:
-    argv = [sys.executable, "-m", "tests.engine.bench_postgresql", "--procrastinate", backend.empty()]
-    result = subprocess.run([*argv, "--tickets", str(tickets)], check=True, stdout=subprocess.PIPE, text=True)
-    return float(result.stdout)
+def peer(backend: Backend, name: str, tickets: int) -> float:
+    argv = [sys.executable, "-m", "tests.engine.bench_postgresql", "--peer", name, backend.empty()]
+    argv += ["--tickets", str(tickets)]
+    result = subprocess.run(argv, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return float(result.stdout.splitlines()[-1])
 
 
 def wake(backend: Backend, count: int) -> list[float]:
@@ -169,6 +172,42 @@ def idle(backend: PostgresBackend, directory: Path, seconds: float) -> None:
         )
 
 
+# The kernel's own figure, `ru_maxrss`, begins with the memory of whoever starts a process.
+_WITH_PEAK: Final = """
+import atexit, re, runpy, sys
+status = "/proc/self/status"
+atexit.register(lambda: sys.stderr.write(re.search(r"VmHWM:\\s*(\\d+)", open(status).read())[1] + "\\n"))
+runpy.run_module("swarm.cli.main", run_name="__main__")
+"""
+
+
+def start_up(directory: Path, urls: dict[str, str | None], rounds: int = 5) -> None:
+    """Of an engine and of a command, in turn: memory, CPU and time. The CPU says more on a busy machine."""
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in urls}
+    for _ in range(rounds):
+        for name, url in urls.items():
+            own = directory / f"start-{name}"
+            own.mkdir(exist_ok=True)
+            with bench.real_engine(own, url) as (pid, _):
+                engine = psutil.Process(pid)
+                serves, cpu = time.time() - engine.create_time(), bench.cpu_seconds(pid)
+                time.sleep(3)
+                engine_mb = engine.memory_info().rss / 1e6
+            env = os.environ | ({"SWARM_DATABASE_URL": url} if url else {})
+            argv = [sys.executable, "-c", _WITH_PEAK, "ticket", "list", "--home", str(own / "home")]
+            began = time.perf_counter()
+            command = subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            assert command.stderr is not None
+            list_kb = float(command.stderr.readlines()[-1])
+            used = os.wait4(command.pid, 0)[2]
+            took = time.perf_counter() - began
+            found[name].append((engine_mb, serves, cpu, list_kb / 1e3, took, used.ru_utime + used.ru_stime))
+    for name, rows in found.items():
+        engine_mb, serves, cpu, list_mb, took, list_cpu = (statistics.median(one) for one in zip(*rows, strict=True))
+        engine_said = f"engine {engine_mb:.0f} MB, serves after {serves:.2f} s ({cpu:.2f} s CPU)"
+        out(f"{name:<19} {engine_said}; `swarm ticket list` {list_mb:.0f} MB, {took:.2f} s ({list_cpu:.2f} s CPU)")
+
+
 def _told(name: str, late: list[float], what: str) -> None:
     late.sort()
     p50, p95 = (late[int(len(late) * share)] for share in (0.5, 0.95))
@@ -189,8 +228,9 @@ def measure(directory: Path, *, tickets: int, finished: int, rounds: int = 3) ->
                 )
         for loops in (1, 4):
             sides[f"bare psycopg loop × {loops}"] = lambda loops=loops: bare_loops(postgresql, tickets, loops)  # type: ignore[misc]
-        if importlib.util.find_spec("procrastinate") is not None:
-            sides["Procrastinate"] = lambda: procrastinate(postgresql, tickets)
+        for name, module in PEERS.items():
+            if importlib.util.find_spec(module) is not None:
+                sides[name] = lambda name=name: peer(postgresql, name, tickets)  # type: ignore[misc]
         found: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(rounds):
             for name, run in sides.items():
@@ -206,6 +246,7 @@ def measure(directory: Path, *, tickets: int, finished: int, rounds: int = 3) ->
             _told(name, chain(backend, 60), "INSERT → third step begun")
         asyncio.run(flat(backends, finished, 200))
         idle(postgresql, directory, 20.0)
+        start_up(directory, {"SQLite": None, "PostgreSQL": postgresql.new()})
 
 
 # --- in processes of their own ----------------------------------------------------------------------------------------
@@ -246,7 +287,7 @@ def bare(url: str) -> None:
             connection.commit()
 
 
-async def procrastinate_alone(url: str, tickets: int) -> float:
+async def procrastinate(url: str, tickets: int) -> float:
     from procrastinate import App, PsycopgConnector  # type: ignore[import-not-found,unused-ignore]
 
     app = App(connector=PsycopgConnector(conninfo=url, max_size=20))
@@ -264,16 +305,46 @@ async def procrastinate_alone(url: str, tickets: int) -> float:
         return tickets / (time.perf_counter() - began)
 
 
+async def dbos(url: str, tickets: int) -> float:
+    from dbos import DBOS  # type: ignore[import-not-found,unused-ignore]
+
+    settings = {"name": "bench", "system_database_url": url.replace("postgresql:", "postgresql+psycopg:")}
+    DBOS(config=settings | {"log_level": "ERROR"})  # type: ignore[arg-type,unused-ignore]
+
+    @DBOS.workflow()  # type: ignore[untyped-decorator,unused-ignore]
+    async def nothing() -> None:
+        pass
+
+    at_once = asyncio.Semaphore(AT_ONCE)
+
+    async def enqueued() -> Any:
+        async with at_once:
+            return await DBOS.enqueue_workflow_async("bench", nothing)
+
+    DBOS.launch()
+    await DBOS.register_queue_async("bench", polling_interval_sec=0.05)  # 1 s is its own
+    began = time.perf_counter()
+    handles = await asyncio.gather(*[enqueued() for _ in range(tickets)])
+    await asyncio.gather(*[handle.get_result() for handle in handles])
+    return tickets / (time.perf_counter() - began)
+
+
+PEERS: Final = {"Procrastinate": "procrastinate", "DBOS": "dbos"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--bare", metavar="URL")
-    parser.add_argument("--procrastinate", metavar="URL")
+    parser.add_argument("--peer", nargs=2, metavar=("NAME", "URL"))
     parser.add_argument("--tickets", type=int, default=0)
     options = parser.parse_args()
     if options.bare:
         bare(options.bare)
-    elif options.procrastinate:
-        out(str(asyncio.run(procrastinate_alone(options.procrastinate, options.tickets))))
+    elif options.peer:
+        name, url = options.peer
+        run = {"Procrastinate": procrastinate, "DBOS": dbos}[name]
+        out(str(asyncio.run(run(url, options.tickets))))
+        os._exit(0)  # their threads go on
 
 
 if __name__ == "__main__":

@@ -21,11 +21,9 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -36,7 +34,7 @@ from swarm.base import privileges
 from swarm.model import ECHO_AGENT_ID
 from tests.engine import bench, simulate_parts
 from tests.engine.bench_postgresql import AS_IT_IS, enqueue
-from tests.engine.server_use import ServerUse
+from tests.engine.server_use import Activity, ServerUse, sampled
 from tests.store.bench_queue import out
 from tests.store.databases import Outside, PostgresBackend
 
@@ -49,45 +47,22 @@ SERVER_CONNECTIONS: Final = "600"
 _LOOK_SECONDS: Final = 0.05
 _INSERT: Final = "INSERT INTO tickets (id, title, state, agent_id) VALUES (?, 'paced', 'ready', ?)"
 _UNFINISHED: Final = "SELECT EXISTS (SELECT 1 FROM tickets WHERE state IN ('ready', 'in_progress'))"
-_ACTIVITY: Final = """
-SELECT state, wait_event_type, wait_event, count(*) FROM pg_stat_activity
-WHERE backend_type = 'client backend' AND datname = current_database() AND pid <> pg_backend_pid() GROUP BY 1, 2, 3"""
 _SO_FAR: Final = "SELECT pg_current_wal_lsn() - CAST('0/0' AS pg_lsn), pg_database_size(current_database())"
 
 
-@dataclass
-class Activity:
-    """What the connections were seen to do, at so many moments."""
+_FLAT_OUT: Final = """\
+Flat out, from one INSERT of all tickets to the last one done. CPU of one ticket: of PostgreSQL and of the engines.
+Backends, on average: that run, wait for a lock, wait for the log, are idle in a transaction. WAL, and growth of the
+tables and indexes, for each ticket.
 
-    looks: int = 0
-    most: int = 0
-    seen: Counter[tuple[str, str]] = field(default_factory=Counter)
+| engines | tickets | a second | CPU, ms | backends | refused, deadlocks | WAL, table bytes | connections | load |
+|--:|--:|--:|--:|--:|--:|--:|--:|--:|"""
+_ONE_BY_ONE: Final = """
+Tickets one by one, {:g} a second: from the COMMIT to the claim, p50 and p95; CPU of one ticket, and while nothing
+happens, of PostgreSQL and of the engines.
 
-    def mean(self, kind: str) -> float:
-        return sum(count for (of, _), count in self.seen.items() if of == kind) / max(self.looks, 1)
-
-
-@contextlib.contextmanager
-def sampled(url: str) -> Iterator[Activity]:
-    over, found = threading.Event(), Activity()
-
-    def look() -> None:
-        with psycopg.connect(url, autocommit=True) as connection:
-            while not over.wait(_LOOK_SECONDS):
-                rows = connection.execute(_ACTIVITY).fetchall()
-                found.looks += 1
-                found.most = max(found.most, sum(row[3] for row in rows))
-                for state, kind, event, count in rows:
-                    busy = (kind or "running", event or "") if state == "active" else (state or "", "")
-                    found.seen[busy] += count
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield found
-    finally:
-        over.set()
-        thread.join()
+| engines | COMMIT → claim, ms | CPU, ms | idle, of a core | memory of PostgreSQL |
+|--:|--:|--:|--:|--:|"""
 
 
 @contextlib.contextmanager
@@ -205,9 +180,7 @@ def run(backend: PostgresBackend, engines: int, given: argparse.Namespace) -> Fo
 
 
 def tables(found: list[Found], per_second: float) -> Iterator[str]:
-    yield "Flat out, from one INSERT of all tickets to the last one done:\n"
-    yield "| engines | tickets | a second | CPU of PostgreSQL, engines, ms | running, waits for a lock, for the log, idle in transaction | repeated, deadlocks | WAL, table bytes | connections | load |"  # noqa: E501
-    yield "|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
+    yield _FLAT_OUT
     for one in found:
         full, seen = one.full, one.activity
         each = full.tickets
@@ -219,9 +192,7 @@ def tables(found: list[Found], per_second: float) -> Iterator[str]:
             f"| {one.repeated:.0f}, {one.deadlocks} | {full.wal_bytes / each:,.0f}, {full.grown_bytes / each:,.0f} "
             f"| {seen.most} | {one.load:.1f} |"
         )
-    yield f"\n{per_second:g} tickets a second, one INSERT each, and while nothing happens:\n"
-    yield "| engines | COMMIT → claim p50, p95, ms | CPU of a ticket: PostgreSQL, engines, ms | idle: PostgreSQL, engines, of a core | PostgreSQL's memory |"  # noqa: E501
-    yield "|--:|--:|--:|--:|--:|"
+    yield _ONE_BY_ONE.format(per_second)
     for one in found:
         p50, p95 = (one.late[int(len(one.late) * share)] for share in (0.5, 0.95))
         server, engines = (value / one.paced.tickets * 1e3 for value in (one.paced.server, one.paced.engines))
@@ -242,7 +213,7 @@ def measure_engines(backend: PostgresBackend, options: argparse.Namespace) -> li
         found.append(run(backend, count, options))
         out(f"{count} engines: {found[-1].activity.seen.most_common(8)}")
         lines = list(tables(found[-1:], options.per_second))
-        out(f"{lines[3]}\n{lines[-1]}")
+        out(f"{lines[1]}\n{lines[-1]}")
     return list(tables(found, options.per_second))
 
 
