@@ -17,9 +17,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import psycopg
 
 INITDB = ("-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync")
 # No test is about a power failure of its machine.
+REPLICATED = {
+    "wal_level": "replica",
+    "max_wal_senders": "4",
+    "wal_keep_size": "1GB",
+    "wal_retrieve_retry_interval": "200ms",
+}
 CHEAP = {"fsync": "off", "full_page_writes": "off", "wal_level": "minimal", "max_wal_senders": "0"} | {
     "autovacuum": "off",
     "jit": "off",
@@ -132,6 +142,43 @@ class Server:
             [self.programs / "pg_isready", "-q", "-h", self.directory], stdin=subprocess.DEVNULL, check=False
         ).returncode
 
+    def kill(self) -> None:
+        """As a machine that loses its power. Its files are of no use afterwards."""
+        process, self.process = self.process, None
+        assert process is not None
+        memory = (self.data / "postmaster.pid").read_text().splitlines()[6].split()[1]
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in (process.pid, *map(int, children)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+        subprocess.run(["ipcrm", "-m", memory], check=True)  # which outlives them, as it does no machine
+
+    def wait_for_standby(self) -> None:
+        """From here on no commit ends before the standby has it; and it has all that was."""
+        with self.admin() as admin:
+            admin.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
+            admin.execute("SELECT pg_reload_conf()")
+            now = admin.execute("SELECT pg_current_wal_lsn()").fetchone()
+            asked = "SELECT FROM pg_stat_replication WHERE sync_state = 'sync' AND flush_lsn >= %s"
+            deadline = time.monotonic() + 120
+            while not admin.execute(asked, now).fetchall():
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"the standby does not follow:\n{self._log()}")
+                time.sleep(0.05)
+
+    def promote(self) -> None:
+        """A standby becomes a primary, which waits for none."""
+        with self.admin() as admin:
+            admin.execute("ALTER SYSTEM RESET synchronous_standby_names")
+            admin.execute("SELECT pg_reload_conf()")
+            admin.execute("SELECT pg_promote(true, 120)")
+
+    def admin(self, database: str = "postgres") -> psycopg.Connection[Any]:
+        import psycopg
+
+        return psycopg.connect(self.url(database), autocommit=True)
+
     def stop(self, number: int = signal.SIGINT) -> None:
         """SIGINT: at once, in order. SIGQUIT: as after a crash."""
         process, self.process = self.process, None
@@ -147,7 +194,23 @@ def running(directory: Path, **settings: str) -> Iterator[Server]:
     """A new, empty server; everything of it is removed at the end."""
     found = programs()
     assert found is not None
-    server = Server(found, directory, settings)
+    with _running(Server(found, directory, settings), "initdb", "-U", USER, *INITDB) as server:
+        yield server
+
+
+@contextmanager
+def following(primary: Server, directory: Path, **settings: str) -> Iterator[Server]:
+    """A standby of it, by streaming, which is there when it is made."""
+    server = Server(primary.programs, directory, primary.settings | settings)
+    copy = ("pg_basebackup", "-U", USER, "-h", primary.directory, "-R", "--checkpoint=fast", "--no-sync")
+    with _running(server, *copy):
+        yield server
+
+
+@contextmanager
+def _running(server: Server, program: str, *options: object) -> Iterator[Server]:
+    """``program`` makes its files."""
+    directory = server.directory
     directory.mkdir(parents=True, exist_ok=True)
     if os.geteuid() == 0:
         shutil.chown(directory, USER)
@@ -155,7 +218,7 @@ def running(directory: Path, **settings: str) -> Iterator[Server]:
             with contextlib.suppress(PermissionError):
                 parent.chmod(parent.stat().st_mode | 0o011)
     subprocess.run(
-        _as_user(found / "initdb", "-D", server.data, "-U", USER, *INITDB),
+        _as_user(server.programs / program, "-D", server.data, *options),
         check=True,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -63,7 +63,7 @@ class World:
     made: int = 0
 
     def admin(self) -> psycopg.Connection[Any]:
-        return psycopg.connect(self.server.url("swarm"), autocommit=True)
+        return self.server.admin("swarm")
 
     def insert(self, agent: str = "quick", count: int = 1) -> list[str]:
         ids = [f"t{self.made + number}" for number in range(count)]
@@ -103,24 +103,31 @@ class World:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     root = tmp_path_factory.mktemp("world")
-    with postgres_here.running(root / "server", wal_level="replica", max_connections="20") as server:
-        with psycopg.connect(server.url(), autocommit=True) as admin:
-            admin.execute("CREATE ROLE swarm LOGIN")
-            admin.execute("CREATE DATABASE swarm OWNER swarm TEMPLATE template0")
-        url = server.url("swarm", user="swarm")
-        given = {"home": root / "home", "state_dir": root / "state", "driver": "process", "database_url": url}
-        settings = config.load(**given)
+    with (
+        postgres_here.running(root / "server", wal_level="replica", max_connections="20") as server,
+        served(root, server, server.url("swarm", user="swarm")) as world,
+    ):
+        yield world
 
-        async def prepare() -> None:
-            await setup.init(settings, image=False)
-            async with wiring.store(settings) as store:
-                for name, code in (("quick", QUICK), ("slow", SLOW), ("waits", WAITS)):
-                    code = code.replace("GATE", repr(str(root / name / "gate")))
-                    await registered(store, settings, root / name, code, name)
 
-        asyncio.run(prepare())
-        with engine(root, settings, url) as (running, log):
-            yield World(server, url, settings, log, running, root)
+@contextmanager
+def served(root: Path, server: postgres_here.Server, url: str) -> Iterator[World]:
+    """A new database of this server, and an engine that is told of it by ``url``."""
+    with server.admin() as admin:
+        admin.execute("CREATE ROLE swarm LOGIN")
+        admin.execute("CREATE DATABASE swarm OWNER swarm TEMPLATE template0")
+    settings = config.load(home=root / "home", state_dir=root / "state", driver="process", database_url=url)
+
+    async def prepare() -> None:
+        await setup.init(settings, image=False)
+        async with wiring.store(settings) as store:
+            for name, code in (("quick", QUICK), ("slow", SLOW), ("waits", WAITS)):
+                code = code.replace("GATE", repr(str(root / name / "gate")))
+                await registered(store, settings, root / name, code, name)
+
+    asyncio.run(prepare())
+    with engine(root, settings, url) as (running, log):
+        yield World(server, url, settings, log, running, root)
 
 
 @contextmanager
@@ -266,6 +273,33 @@ def test_an_outcome_that_can_not_be_written_for_a_lease_is_lost_and_the_engine_g
     world.done([id_, *world.insert()])
     assert attempts(world, id_) == ["lost", "succeeded"]
     proved(world)
+
+
+def test_what_was_finished_stays_so_when_the_synchronous_standby_takes_over(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    root = tmp_path_factory.mktemp("two")
+
+    def ended(world: World) -> set[tuple[Any, ...]]:
+        with world.admin() as admin:
+            return set(admin.execute("SELECT id, completed_at, outputs FROM tickets WHERE state = 'done'").fetchall())
+
+    with (
+        postgres_here.running(root / "a", **postgres_here.REPLICATED) as first,
+        postgres_here.following(first, root / "b") as second,
+    ):
+        first.wait_for_standby()
+        both = f"postgresql://swarm@/swarm?host={first.directory},{second.directory}&target_session_attrs=read-write"
+        with served(root, first, both) as world:
+            ids = world.insert(count=60)
+            world.until(lambda: len(ended(world)) > 10)
+            seen = ended(world)
+            first.kill()
+            second.promote()
+            world.server = second
+            assert seen <= ended(world)
+            world.done([*ids, *world.insert()])
+            proved(world)
 
 
 def attempts(world: World, ticket: str) -> list[str]:
