@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -26,7 +25,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,34 +33,16 @@ import psutil
 from swarm import config
 from swarm.admin.prove import Report
 from swarm.app import manual_vm, setup, wiring
+from swarm.base import process
 from swarm.cli.prove import prove
 from swarm.config import Settings
 from swarm.model import TERMINAL_TICKET_STATES, FailureReason, RetryPolicy
 from swarm.store.claims import suspects
-from swarm.vm.slots.inventory import VmRecord
 from tests.agents.write import registered
+from tests.chaos.agents import CODE, HEAD, INNOCENT, WEIGHTS
+from tests.chaos.engines import Engines
 
-LEASE_SECONDS = 3.0
-ENGINES = 2
 WAITING = 40  # tickets that have not ended; no more are added meanwhile
-# What agents do, and how often (WEIGHTS). They are idempotent, so they may be retried after their VM was killed.
-CODE = {
-    "quick": "out({'n': 1})",
-    "talks": "for i in range(50): print('line', i, flush=True)\nout({'n': 50})",
-    "slow": "time.sleep(random.uniform(0.2, 1.5))\nout({'slow': True})",
-    "fails": "print('I fail')\nsys.exit(3)",
-    "flaky": "out({})\nsys.exit(random.random() < 0.5)",
-    "hangs": "time.sleep(600)",
-    "silent": "pass",
-    # Not drawn: as many as --guilty says. It kills the engine that runs it.
-    "guilty": "pid = os.getpid()\n"
-    "while b'swarm.cli.engine' not in open(f'/proc/{pid}/cmdline', 'rb').read():\n"
-    "    pid = int(open(f'/proc/{pid}/stat').read().rpartition(')')[2].split()[1])\n"
-    "os.kill(pid, 9)",
-}
-WEIGHTS = {"quick": 40, "talks": 15, "slow": 25, "fails": 5, "flaky": 8, "hangs": 4, "silent": 3}
-INNOCENT = ("quick", "talks", "slow")  # they end as done, whatever happens around them
-HEAD = "import json, os, random, sys, time\ndef out(v): json.dump(v, open('output.json', 'w'))\n"
 
 
 def say(line: str) -> None:
@@ -71,34 +51,20 @@ def say(line: str) -> None:
 
 
 @dataclass(kw_only=True)
-class Campaign:
-    settings: Settings
-    seed: int
+class Campaign(Engines):
     tickets: int
     kills: int  # at least, of engines
     guilty: int
-    max_vms: int
     until: float = math.inf  # of the monotonic clock: no more tickets are added after it
-    opened: AsyncExitStack = field(default_factory=AsyncExitStack)
-    engines: dict[int, asyncio.subprocess.Process] = field(default_factory=dict)
-    frozen: set[int] = field(default_factory=set)
     done: Counter[str] = field(default_factory=Counter)
-    stalled: dict[int, int] = field(default_factory=dict)  # by engine: the end of its log that nobody reads
 
     def __post_init__(self) -> None:
-        self.random = random.Random(self.seed)
+        super().__post_init__()
         self.database = self.settings.data_dir / "swarm.db"
         # Even a short campaign does each of these, unless it is over before.
         self.once = [self.change_database, self.signal_all, self.change_log, self.freeze, self.kill_engine]
         self.random.shuffle(self.once)
-        self.options: tuple[str, ...] = ()
         self.pace = 1 if self.settings.driver == "process" else 5  # VMs take longer, so strikes are rarer
-
-    async def open(self) -> None:
-        self.store = await self.opened.enter_async_context(wiring.store(self.settings))
-
-    async def close(self) -> None:
-        await self.opened.aclose()
 
     # --- the plan -----------------------------------------------------------------------------------------------------
 
@@ -113,22 +79,28 @@ class Campaign:
 
     def insert(self, numbers: range) -> None:
         """With plain SQL, as any tool can, and a commit for each ticket."""
-        connection = sqlite3.connect(self.database, timeout=60, isolation_level=None)
         for number in numbers:
             (agent,) = self.random.choices(list(WEIGHTS), list(WEIGHTS.values()))
             if number > 0 and self.guilty and number % (self.tickets // (self.guilty + 1) + 1) == 0:
                 agent = "guilty"
-            connection.execute(
-                "INSERT INTO tickets (id, title, state, agent_id, priority) VALUES (?, 'chaos', 'ready', ?, ?)",
-                (f"c{number:04}", agent, self.random.choice((0, 0, 0, 1, -1))),
-            )
+            row = {"id": f"c{number:04}", "title": "chaos", "state": "ready", "agent_id": agent} | self.columns()
+            places = ", ".join("?" * len(row))
+            self.execute(f"INSERT INTO tickets ({', '.join(row)}) VALUES ({places})", *row.values())
+
+    def columns(self) -> dict[str, object]:
+        """Of a new ticket."""
+        return {"priority": self.random.choice((0, 0, 0, 1, -1))}
+
+    def execute(self, statement: str, *values: object) -> None:
+        connection = sqlite3.connect(self.database, timeout=60, isolation_level=None)
+        connection.execute(statement, values)
         connection.close()
 
     async def run(self) -> None:
         await self.prepare()
         limit = 300 + self.tickets * (4.0 if self.settings.driver != "process" else 2.0) + 10 * self.kills
         deadline = time.monotonic() + limit + 600 * self.guilty
-        for number in range(ENGINES):
+        for number in range(self.engine_count):
             await self.start(number)
         at = said = 0
         while at < self.tickets or await self.open_tickets():
@@ -144,7 +116,7 @@ class Campaign:
             await self.strike(calm=at >= self.tickets)
             if self.done["kill_engine"] * self.tickets < self.kills * at:
                 self.done["kill_engine"] += 1
-                await self.serves(number := self.random.randrange(ENGINES))
+                await self.serves(number := self.pick())
                 await self.kill_engine(number)
             if at - said >= 500:
                 said = at
@@ -161,26 +133,32 @@ class Campaign:
         """Restart dead engines, then do one random thing; nothing if ``calm``, so that the last tickets can end."""
         for number, engine in self.engines.items():
             if engine.returncode is not None:
-                right = self.guilty and engine.returncode == -signal.SIGKILL
-                assert right, f"seed {self.seed}: engine {number} ended with status {engine.returncode}"
-                self.done["killed by a ticket"] += 1
+                why = self.why_ended(engine)
+                assert why, f"seed {self.seed}: engine {number} ended with status {engine.returncode}"
+                self.done[why] += 1
                 await self.start(number)
-        moves: dict[Callable[[], Awaitable[None]], int] = {
-            self.kill_engine: 6, self.freeze: 6, self.kill_vm: 10, self.cancel: 3, self.delete: 2, self.signal_all: 4,
-            self.change_log: 3, self.change_database: 1, self.nothing: 20,
-        }  # fmt: skip
-        if calm:
-            moves = {self.nothing: 1}
+        moves = {self.nothing: 1} if calm else self.strikes()
         (move,) = self.random.choices(list(moves), list(moves.values()))
         if self.once and not calm and self.random.random() < 0.5:
             move = self.once.pop(0)
         self.done[move.__name__] += 1
         await move()
 
+    def why_ended(self, engine: asyncio.subprocess.Process) -> str:
+        """By itself; '' if it may not."""
+        return "killed by a ticket" if self.guilty and engine.returncode == -signal.SIGKILL else ""
+
+    def strikes(self) -> dict[Callable[[], Awaitable[None]], int]:
+        """What may happen, and how often."""
+        return {
+            self.kill_engine: 6, self.freeze: 6, self.kill_vm: 10, self.cancel: 3, self.delete: 2, self.signal_all: 4,
+            self.change_log: 3, self.change_database: 1, self.nothing: 20,
+        }  # fmt: skip
+
     async def nothing(self) -> None: ...
 
     async def kill_engine(self, number: int | None = None) -> None:
-        number = self.random.randrange(ENGINES) if number is None else number
+        number = self.pick() if number is None else number
         with contextlib.suppress(ProcessLookupError):
             self.engines[number].kill()
         await self.engines[number].wait()
@@ -190,9 +168,9 @@ class Campaign:
     async def signal_all(self) -> None:
         """What a service manager's stop, a reboot, or Ctrl+C in a pipeline does: the VMs get the signal as well. The
         engine ends in good order."""
-        number = self.random.randrange(ENGINES)
+        number = self.pick()
         engine = self.engines[number]
-        self.thaw(number)
+        await self.heal(number)
         if engine.returncode is not None:
             return
         served = any(row.pid == engine.pid for row in await self.store.workers())  # else it may just end
@@ -210,14 +188,14 @@ class Campaign:
         await self.start(number)
 
     async def change_log(self) -> None:
-        (log := self.log(self.random.randrange(ENGINES))).unlink(missing_ok=True)
+        (log := self.log(self.pick())).unlink(missing_ok=True)
         if self.random.random() < 0.5:
             log.write_text("not what it was\n")
 
     async def change_database(self) -> None:
         """Remove -wal and -shm underneath the engines, when all that is committed is in the database: they must end by
         themselves, before they write anything that nobody would ever see."""
-        if not all([await self.serves(number) for number in range(ENGINES)]):
+        if not all([await self.serves(number) for number in range(self.engine_count)]):
             return
         await self.close()
         removed = False
@@ -245,16 +223,6 @@ class Campaign:
             with contextlib.suppress(ProcessLookupError):
                 engine.send_signal(number)
 
-    async def serves(self, number: int) -> bool:
-        """Wait until this engine serves. False if it doesn't within minutes, or dies."""
-        self.thaw(number)
-        engine, until = self.engines[number], time.monotonic() + 300
-        while engine.returncode is None and time.monotonic() < until:
-            if any(row.pid == engine.pid for row in await self.store.workers()):
-                return True
-            await asyncio.sleep(0.05)
-        return False
-
     def remove_wal(self) -> bool:
         """False if a frozen engine is within a transaction."""
         connection = sqlite3.connect(self.database, timeout=0.5, isolation_level=None)
@@ -272,20 +240,15 @@ class Campaign:
     async def freeze(self) -> None:
         """Freeze one engine, mostly for longer than its lease; never both, so that work continues. (One that is frozen
         inside a transaction keeps SQLite's write lock: then nothing continues until it is thawed.)"""
-        number = self.random.randrange(ENGINES)
+        number = self.pick()
         if not self.frozen and self.engines[number].returncode is None:
-            self.engines[number].send_signal(signal.SIGSTOP)
+            self.signal(number, signal.SIGSTOP)
             self.frozen.add(number)
-            seconds = self.random.uniform(0.5, 2.5) * LEASE_SECONDS
+            seconds = self.random.uniform(0.5, 2.5) * self.lease_seconds
             asyncio.get_running_loop().call_later(seconds, self.thaw, number)
 
-    def thaw(self, number: int) -> None:
-        if number in self.frozen and self.engines[number].returncode is None:
-            self.engines[number].send_signal(signal.SIGCONT)
-        self.frozen.discard(number)
-
     async def kill_vm(self) -> None:
-        if live := [record for record in self.vms() if record.alive]:
+        if live := [one for one in self.vms() if one.pid and process.start_time(one.pid) == one.started]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.random.choice(live).pid, signal.SIGKILL)
 
@@ -300,83 +263,13 @@ class Campaign:
         if not rows:
             return
 
-        def change(id_: str) -> None:
-            connection = sqlite3.connect(self.database, timeout=60, isolation_level=None)
-            connection.execute(statement, (id_,))
-            connection.close()
-
-        await asyncio.to_thread(change, self.random.choice(rows).id)
-
-    # --- engines ------------------------------------------------------------------------------------------------------
-
-    async def start(self, number: int) -> None:
-        (log,) = self.random.choices((self.log_in_file, self.log_that_stalls, self.log_that_ends), (6, 1, 1))
-        output = log(number)
-        settings = {
-            "SWARM_STATE_DIR": self.settings.state_dir, "SWARM_IMAGES_DIR": self.settings.images,
-            "SWARM_TEMPLATES_DIR": self.settings.templates, "SWARM_LEASE_SECONDS": LEASE_SECONDS,
-            "SWARM_DRIVER": self.settings.driver,
-        }  # fmt: skip
-        try:
-            self.engines[number] = await asyncio.create_subprocess_exec(
-                "env", "--default-signal", sys.executable,  # SIGHUP under nohup
-                "-m", "swarm.cli.engine", "start", "--foreground", f"--max-vms={self.max_vms}",
-                "--log-format=json", "--grace=5", *self.options, "--home", str(self.settings.home),
-                env=os.environ | {name: str(value) for name, value in settings.items()},
-                stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
-            )  # fmt: skip
-        finally:
-            os.close(output)
-
-    def log(self, number: int) -> Path:
-        return self.settings.home / f"engine-{number}.log"
-
-    def log_in_file(self, number: int) -> int:
-        return os.open(self.log(number), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-
-    def log_that_stalls(self, number: int) -> int:
-        """A pipe that nobody reads, and that is full soon."""
-        self.forget_log(number)
-        self.stalled[number], ours = os.pipe()
-        fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, 4096)
-        return ours
-
-    def log_that_ends(self, number: int) -> int:
-        """A pipe whose reader goes away, before or after the engine serves."""
-        ours = self.log_that_stalls(number)
-        asyncio.get_running_loop().call_later(self.random.uniform(0, 5), self.forget_log, number)
-        return ours
-
-    def forget_log(self, number: int) -> None:
-        if (reader := self.stalled.pop(number, None)) is not None:
-            os.close(reader)
-
-    async def stop(self) -> list[int | None]:
-        """Send SIGTERM to all engines. Returns their exit statuses."""
-        for number in sorted(self.frozen):
-            self.thaw(number)
-        for engine in self.engines.values():
-            if engine.returncode is None:
-                engine.terminate()
-        return [await asyncio.wait_for(engine.wait(), 60) for engine in self.engines.values()]
-
-    async def kill(self) -> None:
-        for engine in self.engines.values():
-            if engine.returncode is None:
-                engine.kill()
-                await engine.wait()
-        for number in range(ENGINES):
-            self.forget_log(number)
-
-    def vms(self) -> list[VmRecord]:
-        return wiring.inventory(self.settings).records()
+        await asyncio.to_thread(self.execute, statement, self.random.choice(rows).id)
 
     # --- the verdict --------------------------------------------------------------------------------------------------
 
     async def verdict(self) -> Report:
         """Check the result. Raises AssertionError if a promise was broken."""
-        await wiring.sweep(self.settings)  # remove what the last killed engines left, as the next start would
-        report = await prove(self.settings)
+        report = await self.proved()
         assert report.kept, f"seed {self.seed}: {report.violations}"
         tickets = await self.store.tickets(limit=self.tickets + 10)
         unfinished = [t.id for t in tickets if t.state not in TERMINAL_TICKET_STATES]
@@ -397,10 +290,14 @@ class Campaign:
             lost = [a for a in await self.store.attempts(ticket.id) if a.outcome == "lost"]
             assert len(lost) <= suspects.MOST, f"seed {self.seed}: {ticket.id} killed {len(lost)} engines"
         assert not self.vms(), f"seed {self.seed}: VMs are left: {self.vms()}"
-        state = self.settings.state_dir
-        left = [*state.glob("vms/*"), *state.glob("locks/vm*")]
-        assert not left, f"seed {self.seed}: files are left: {left}"
+        for state in {self.settings_of(number).state_dir for number in range(self.engine_count)}:
+            left = [*state.glob("vms/*"), *state.glob("locks/vm*")]
+            assert not left, f"seed {self.seed}: files are left: {left}"
         return report
+
+    async def proved(self) -> Report:
+        await wiring.sweep(self.settings)  # remove what the last killed engines left, as the next start would
+        return await prove(self.settings)
 
 
 async def campaign(
@@ -413,10 +310,14 @@ async def campaign(
     guilty: int = 0,
     minutes: float = math.inf,
 ) -> tuple[Report, Counter[str]]:
-    say(f"chaos: seed {seed}, {tickets} tickets, driver {settings.driver}")
-    began = time.monotonic()
     one = Campaign(settings=settings, seed=seed, tickets=tickets, kills=kills, guilty=guilty, max_vms=max_vms)
-    one.until = began + 60 * minutes
+    one.until = time.monotonic() + 60 * minutes
+    return await go(one)
+
+
+async def go(one: Campaign) -> tuple[Report, Counter[str]]:
+    seed, began = one.seed, time.monotonic()
+    say(f"chaos: seed {seed}, {one.tickets} tickets, driver {one.settings.driver}")
     await one.open()
     try:
         try:

@@ -37,7 +37,8 @@ from swarm.errors import SwarmError
 from swarm.model import Sandbox, SandboxState
 from swarm.store.sandboxes.sandboxes import SandboxFilter
 from swarm.vm.image.staging import BUILDING
-from tests.chaos.campaign import ENGINES, Campaign, say
+from tests.chaos.campaign import Campaign, say
+from tests.chaos.engines import ENGINES
 
 MOST = 4  # live ones; no more are added meanwhile
 _PATIENCE_SECONDS = 40.0
