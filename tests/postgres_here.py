@@ -117,7 +117,7 @@ class Server:
         chosen = {"listen_addresses": "", "unix_socket_directories": str(self.directory)} | self.settings
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                _as_user(
+                as_user(
                     self.programs / "postgres",
                     "-D",
                     self.data,
@@ -218,7 +218,7 @@ def _running(server: Server, program: str, *options: object) -> Iterator[Server]
             with contextlib.suppress(PermissionError):
                 parent.chmod(parent.stat().st_mode | 0o011)
     subprocess.run(
-        _as_user(server.programs / program, "-D", server.data, *options),
+        as_user(server.programs / program, "-D", server.data, *options),
         check=True,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -233,7 +233,7 @@ def _running(server: Server, program: str, *options: object) -> Iterator[Server]
             shutil.rmtree(directory, ignore_errors=True)
 
 
-def _as_user(*argv: object) -> list[str]:
+def as_user(*argv: object) -> list[str]:
     """The server ends at once if the tests are killed."""
     user = [f"--reuid={USER}", f"--regid={USER}", "--clear-groups"] if os.geteuid() == 0 else []
     return ["setpriv", "--pdeathsig=QUIT", *user, "env", "LC_ALL=C.UTF-8", *map(str, argv)]

@@ -31,25 +31,26 @@ def lacks() -> str:
     return f"needs {', '.join(missing)} of Debian: run `python -m tests.prometheus_here`" if missing else ""
 
 
-def fetch() -> None:
-    """Raises CalledProcessError, OSError."""
-    CACHE.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".prometheus-", dir=CACHE.parent) as partial:
+def fetch(*packages: str, into: Path) -> None:
+    """Unpack these of Debian. Raises CalledProcessError, OSError."""
+    into.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{into.name}-", dir=into.parent) as partial:
         Path(partial).chmod(0o755)  # apt drops its rights
         options = {"check": True, "capture_output": True, "text": True}
-        subprocess.run(["apt-get", "download", "prometheus"], cwd=partial, **options)  # type: ignore[call-overload]
-        (package,) = Path(partial).glob("*.deb")
+        subprocess.run(["apt-get", "download", *packages], cwd=partial, **options)  # type: ignore[call-overload]
         unpacked = Path(partial) / "unpacked"
-        subprocess.run(["dpkg-deb", "--extract", str(package), str(unpacked)], **options)  # type: ignore[call-overload]
-        if not CACHE.exists():
-            shutil.move(unpacked, CACHE)
+        for package in Path(partial).glob("*.deb"):
+            argv = ["dpkg-deb", "--extract", str(package), str(unpacked)]
+            subprocess.run(argv, **options)  # type: ignore[call-overload]
+        if not into.exists():
+            shutil.move(unpacked, into)
 
 
 def main() -> int:
     if not lacks():
         return 0
     try:
-        fetch()
+        fetch("prometheus", into=CACHE)
     except (subprocess.CalledProcessError, OSError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
         print(f"can't fetch prometheus: {' '.join(said)}", file=sys.stderr)

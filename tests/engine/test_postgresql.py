@@ -28,8 +28,11 @@ from swarm import config
 from swarm.admin.prove import judge
 from swarm.app import setup, wiring
 from swarm.config import Settings
-from tests import postgres_here
+from swarm.errors import StoreError
+from swarm.model import Ticket
+from tests import pgbouncer_here, postgres_here
 from tests.agents.write import registered
+from tests.conftest import missing
 
 pytestmark = [pytest.mark.needs("postgres"), pytest.mark.slow]  # a server, and what only time outs end
 
@@ -113,6 +116,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 @contextmanager
 def served(root: Path, server: postgres_here.Server, url: str) -> Iterator[World]:
     """A new database of this server, and an engine that is told of it by ``url``."""
+    settings = made(root, server, url)
+    with engine(root, settings, url) as (running, log):
+        yield World(server, url, settings, log, running, root)
+
+
+def made(root: Path, server: postgres_here.Server, url: str) -> Settings:
     with server.admin() as admin:
         admin.execute("CREATE ROLE swarm LOGIN")
         admin.execute("CREATE DATABASE swarm OWNER swarm TEMPLATE template0")
@@ -126,8 +135,7 @@ def served(root: Path, server: postgres_here.Server, url: str) -> Iterator[World
                 await registered(store, settings, root / name, code, name)
 
     asyncio.run(prepare())
-    with engine(root, settings, url) as (running, log):
-        yield World(server, url, settings, log, running, root)
+    return settings
 
 
 @contextmanager
@@ -300,6 +308,53 @@ def test_what_was_finished_stays_so_when_the_synchronous_standby_takes_over(
             assert seen <= ended(world)
             world.done([*ids, *world.insert()])
             proved(world)
+
+
+def test_through_pgbouncer_in_session_mode_all_works(tmp_path_factory: pytest.TempPathFactory) -> None:
+    root = tmp_path_factory.mktemp("session")
+    with (
+        behind_pgbouncer(root, "session") as (server, url),
+        served(root, server, url) as world,
+    ):
+        world.done(world.insert(count=20))
+        world.done(world.insert())
+        proved(world)
+
+
+def test_through_pgbouncer_in_transaction_mode_an_engine_says_what_it_needs(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Commands work, and leave nothing in sessions that are everybody's."""
+    root = tmp_path_factory.mktemp("transaction")
+    with behind_pgbouncer(root, "transaction") as (server, url):
+        settings = made(root, server, url)
+
+        async def use() -> None:
+            async with wiring.store(settings) as one, wiring.store(settings) as other:
+                for number, store in enumerate([one, other] * 20):
+                    await store.add_ticket(Ticket(id=f"t{number}", title="x", state="ready", agent_id="quick"))
+                    assert (await other.ticket(f"t{number}")).state == "ready"
+                with pytest.raises(StoreError, match="pooler"):
+                    await one.watching().__aenter__()
+
+        asyncio.run(use())
+        with psycopg.connect(url) as theirs:
+            theirs.execute("INSERT INTO tickets (title, state, agent_id) VALUES ('x', 'ready', 'quick')")
+        argv = [sys.executable, "-m", "swarm.cli.engine", "start", "--foreground", "--home", str(settings.home)]
+        env = os.environ | {"SWARM_DATABASE_URL": url, "SWARM_STATE_DIR": str(settings.state_dir)}
+        refused = subprocess.run(argv, env=env | {"SWARM_DRIVER": "process"}, capture_output=True, text=True)
+        assert refused.returncode == 1 and "let it have pool_mode = session" in refused.stderr, refused
+
+
+@contextmanager
+def behind_pgbouncer(root: Path, mode: str) -> Iterator[tuple[postgres_here.Server, str]]:
+    if reason := pgbouncer_here.lacks():
+        missing("postgres", reason)
+    with (
+        postgres_here.running(root / "server") as server,
+        pgbouncer_here.running(server, root / "b", mode) as url,
+    ):
+        yield server, url
 
 
 def attempts(world: World, ticket: str) -> list[str]:

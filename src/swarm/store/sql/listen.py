@@ -24,8 +24,13 @@ log = logger(__name__)
 
 _FIRST_PAUSE_SECONDS: Final = 0.1
 _LAST_PAUSE_SECONDS: Final = 5.0
+_ASKED: Final = 5  # how often two clients of a pooler are asked for their sessions
 # A server may end sessions that are idle: this one always is.
 _PREPARE: Final = "SET idle_session_timeout = 0; LISTEN swarm"
+
+
+class Pooled(psycopg.NotSupportedError):
+    """A pooler gives the session to others between transactions: notices go astray."""
 
 
 class Listener:
@@ -75,8 +80,9 @@ class Listener:
         return True
 
     async def _connect(self) -> psycopg.AsyncConnection[Any]:
-        connection = await psycopg.AsyncConnection.connect(**self._parameters, autocommit=True)
+        connection = await self._new()
         try:
+            await self._refuse_shared(connection)
             await connection.execute(_PREPARE)
             row = await (await connection.execute("SELECT current_schema()")).fetchone()
             schema = str(row[0]).encode() if row else b""
@@ -85,6 +91,20 @@ class Listener:
             await connection.close()
             raise
         return connection
+
+    async def _new(self) -> psycopg.AsyncConnection[Any]:
+        return await psycopg.AsyncConnection.connect(**self._parameters, autocommit=True, prepare_threshold=None)
+
+    async def _refuse_shared(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        """Raises Pooled. A pooler tells a pid of its own, so without one this asks nothing more. With one, the sessions
+        of two clients must be two, and stay so; those that are free are given to whoever asks next."""
+        ours = await _session(connection)
+        if ours == connection.info.backend_pid:
+            return
+        async with await self._new() as other:
+            for _ in range(_ASKED):
+                if await _session(other) == ours or await _session(connection) != ours:
+                    raise Pooled
 
     async def _listen(self, connection: psycopg.AsyncConnection[Any]) -> None:
         while True:
@@ -130,3 +150,8 @@ class Listener:
             pause = min(2 * pause, _LAST_PAUSE_SECONDS)
             with contextlib.suppress(psycopg.Error, OSError):
                 return await self._connect()
+
+
+async def _session(connection: psycopg.AsyncConnection[Any]) -> int:
+    [(pid,)] = await (await connection.execute("SELECT pg_catalog.pg_backend_pid()")).fetchall()
+    return int(pid)

@@ -23,7 +23,7 @@ from psycopg.types.string import TextLoader
 
 from swarm.errors import StoreError, UsageError
 from swarm.store.sql.dialect import NOT_MIGRATED, OUT_OF_MEMORY, Dialect, said, without_password
-from swarm.store.sql.listen import Listener
+from swarm.store.sql.listen import Listener, Pooled
 from swarm.store.sql.together import together
 from swarm.store.sql.wake import Wake
 
@@ -41,6 +41,10 @@ _FOR_ALL: Final = (
 _STANDBY: Final = (
     "the database {place} is read-only: is it a standby? Let the URL name the primary (several hosts and "
     "target_session_attrs=read-write find it)"
+)
+_POOLED: Final = (
+    "the database {place} is reached through a pooler (pgbouncer) in transaction mode, through which no notices of "
+    "changes come: give engines and servers a direct connection, or let it have pool_mode = session"
 )
 _LOST: Final = "the connection to the database {place} was lost ({error})"
 _IS_LOST: Final = re.compile(r"(consuming input|flushing) failed|closed the connection|connection is (closed|lost)")
@@ -141,20 +145,29 @@ def _prepare(connection: Any, write: bool, busy_timeout_seconds: float) -> None:
         "lock_timeout": f"{int(busy_timeout_seconds * 1000)}ms",
         "idle_session_timeout": "0",  # an engine with nothing to do keeps its connections
         "idle_in_transaction_session_timeout": "60s",  # of a frozen engine: its locks may not stop the others
-        "default_transaction_read_only": "off" if write else "on",
         "client_encoding": "UTF8",
         "TimeZone": "UTC",
         "swarm.tells": "on",
     }
     each = ", ".join(["pg_catalog.set_config(%s, %s, false)"] * len(settings))
-    asked = connection.execute(f"SELECT {each}, {_ONE_SCHEMA}, {_OPEN}", list(itertools.chain(*settings.items())))
-    if (schema := asked.fetchone()[-1]) is not None:
+    # A pooler tells a pid of its own. In transaction mode, its sessions are everybody's: nothing may be prepared in
+    # them, and none may stay read-only.
+    pid, read_only = connection.info.backend_pid, "off" if write else "on"
+    direct, *_, schema = connection.execute(
+        f"SELECT {_IS_DIRECT}, {each}, pg_catalog.set_config('default_transaction_read_only', %s, NOT {_IS_DIRECT}), "
+        f"{_ONE_SCHEMA}, {_OPEN}",
+        [pid, *itertools.chain(*settings.items()), read_only, pid],
+    ).fetchone()
+    if schema is not None:
         raise StoreError(_FOR_ALL.format(place=place, schema=schema))
+    if not direct:
+        connection.prepare_threshold = None
 
 
 # A function or an operator that another role makes in a schema of ours runs with our rights, where its types fit better
 # than those of PostgreSQL's own. So ours is the only schema, and nobody may make one there; this itself names the
 # schema of each function, and has operators with the very types that PostgreSQL's own have.
+_IS_DIRECT: Final = "(pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) CAST(%s AS pg_catalog.int4))"
 _SCHEMA: Final = "CAST(pg_catalog.current_schema() AS pg_catalog.text)"
 _ONE_SCHEMA: Final = f"pg_catalog.set_config('search_path', pg_catalog.quote_ident({_SCHEMA}), false)"
 _OPEN: Final = f"""(SELECT pg_catalog.quote_ident({_SCHEMA})
@@ -228,6 +241,8 @@ def _roll_back(connection: Any) -> None:
 def _explain(error: BaseException) -> str | None:
     if not isinstance(error, psycopg.Error):
         return None
+    if isinstance(error, Pooled):
+        return _POOLED
     code = error.sqlstate
     if code is None:
         # libpq's own: no connection, or one that broke
@@ -315,7 +330,7 @@ POSTGRESQL: Final = Dialect(
     begin_read="BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
     roll_back=_roll_back,
     # Migrations of two processes, one after the other.
-    begin_migration="BEGIN; SELECT pg_advisory_xact_lock(hashtext('swarm migration'))",
+    begin_migration="BEGIN READ WRITE; SELECT pg_advisory_xact_lock(hashtext('swarm migration'))",
     newest_event=_NEWEST_EVENT,
     has_ended=_HAS_ENDED,
     tell=_tell,
