@@ -12,7 +12,7 @@ from swarm import config
 from swarm.app import setup
 from swarm.config import Settings
 from swarm.vm.driver import Image
-from tests.chaos import sandboxes
+from tests.chaos import hosts, sandboxes
 from tests.chaos.campaign import campaign
 
 pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
@@ -45,3 +45,10 @@ async def test_sandboxes_survive_what_they_can(settings: Settings, image: Image,
     own = config.load(**values)
     await setup.init(own, image=False)
     await sandboxes.campaign(own, seed=SEED, moves=12, kills=1)
+
+
+@pytest.mark.needs("netns", "postgres", "cc")
+async def test_nothing_is_lost_across_three_hosts(tmp_path: Path) -> None:
+    report, strikes = await hosts.campaign(tmp_path, seed=SEED, tickets=30)
+    assert report.attempts >= 30 - report.cancelled - report.deleted
+    assert strikes.total() > 0
