@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import struct
 import sys
 import uuid
@@ -106,7 +107,8 @@ class Host:
         machine, self._machine = self._machine, None
         await process.kill(machine)
         async with asyncio.timeout(60):
-            while Path("/sys/class/net", f"v{self.name}").exists():  # noqa: ASYNC110
+            # Of this network namespace, which /sys may not be of.
+            while f"v{self.name}" in {name for _, name in socket.if_nameindex()}:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
     def processes(self) -> list[psutil.Process]:
