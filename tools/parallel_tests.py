@@ -21,10 +21,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = [f"tests/{name}" for name in ("cli", "engine")]
 FOURTH = [f"tests/{name}" for name in ("agents", "api", "cel", "channel", "chaos", "client", "dashboard", "store")]
-MOVED = ["tests/cli/test_packages.py"]  # from the first to the fourth, which ends earlier
+MOVED = ["tests/cli/test_packages.py", "tests/cli/test_sandbox.py"]  # from the first to the fourth, which ends earlier
 # Firecracker guests are slow on hosts without VMX or SVM, so they have a sandbox of their own, with a higher priority.
-# Elsewhere it ends first by far, so it has the store's tests on PostgreSQL too, and the one with Ray.
-THIRD = "firecracker or postgresql or test_cluster"
+# Elsewhere it ends first by far, so it has the store's tests on PostgreSQL too, and some long ones of the others.
+LONG = ("cluster", "host_network", "images", "sharing", "simulate", "templates", "claude_code_in_vm", "transcripts")
+THIRD = " or ".join(["firecracker", "postgresql", *(f"test_{name}.py" for name in LONG)])
 SHARES = {
     "1": [*FIRST, *(f"--ignore={name}" for name in MOVED), "tests/test_zz_leaks.py", "-k", f"not ({THIRD})"],
     "2": ["tests", *(f"--ignore={name}" for name in FIRST + FOURTH), "-k", f"not ({THIRD})"],

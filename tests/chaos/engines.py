@@ -125,11 +125,9 @@ class Engines:
             os.close(reader)
 
     async def stop(self) -> list[int | None]:
-        """Send SIGTERM to all engines. Returns their exit statuses."""
-        for number in sorted(self.frozen):
-            self.thaw(number)
-        for engine in self.engines.values():
-            if engine.returncode is None:
+        """Send SIGTERM to all engines, once each serves: one that begins would just end. Returns their statuses."""
+        for number, engine in self.engines.items():
+            if await self.serves(number):
                 engine.terminate()
         return [await asyncio.wait_for(engine.wait(), 60) for engine in self.engines.values()]
 
