@@ -42,7 +42,6 @@ MASKS = [
         (r"\d{4}-\d\d-\d\dT[\d:.]+Z?|\b\d\d:\d\d:\d\d\b", "<when>"),
         (r"\b[\d.]+ ?(?:ms|s|min|h)\b", "<time>"),
         (r"\b[0-9a-f]{12,}\b", "<digest>"),
-        (r"\b\d+\.\d+\.\d+-\d+-cloud-amd64\b", "<kernel>"),  # Debian's newest
         (r"\b(process|engine) \d+", r"\1 <pid>"),
         (r" *[█▏▎▍▌▋▊▉]+", ""),
         (r" +", " "),

@@ -24,7 +24,17 @@ FOURTH = [f"tests/{name}" for name in ("agents", "api", "cel", "channel", "chaos
 MOVED = ["tests/cli/test_packages.py", "tests/cli/test_sandbox.py"]  # from the first to the fourth, which ends earlier
 # Firecracker guests are slow on hosts without VMX or SVM, so they have a sandbox of their own, with a higher priority.
 # Elsewhere it ends first by far, so it has the store's tests on PostgreSQL too, and some long ones of the others.
-LONG = ("cluster", "host_network", "images", "sharing", "simulate", "templates", "claude_code_in_vm", "transcripts")
+LONG = [
+    "cluster",
+    "host_network",
+    "images",
+    "sharing",
+    "simulate",
+    "templates",
+    "claude_code_in_vm",
+    "transcripts",
+    "workflows",
+]
 THIRD = " or ".join(["firecracker", "postgresql", *(f"test_{name}.py" for name in LONG)])
 SHARES = {
     "1": [*FIRST, *(f"--ignore={name}" for name in MOVED), "tests/test_zz_leaks.py", "-k", f"not ({THIRD})"],

@@ -16,6 +16,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from swarm import config
 from swarm.app import wiring
 from swarm.config import Settings
@@ -49,6 +51,12 @@ def lacks() -> str:
 def has_hardware() -> bool:
     """Does the CPU show VMX or SVM?"""
     return bool(re.search(r"^flags\s*:.*\b(vmx|svm)\b", Path("/proc/cpuinfo").read_text(), re.M))
+
+
+slow_where_emulated = pytest.mark.skipif(
+    not has_hardware() and "SWARM_TEST_LIMITS" not in os.environ,
+    reason="takes two minutes where kernel mode is emulated: set SWARM_TEST_LIMITS",
+)
 
 
 def _given() -> Path | None:

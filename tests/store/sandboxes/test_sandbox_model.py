@@ -270,15 +270,21 @@ class SandboxMachine(RuleBasedStateMachine):
     def rows_are_what_the_model_says(self) -> None:
         if not hasattr(self, "rows"):
             return
-        found = {
-            str(id_): (state, hold, wanted)
-            for id_, state, hold, wanted in self.outside.execute("SELECT id, state, hold_id, wanted FROM sandboxes")
-        }
+        rows = self.outside.execute("SELECT id, state, hold_id, wanted FROM sandboxes")
+        found = {str(id_): (state, hold, unfulfilled(state, hold, wanted)) for id_, state, hold, wanted in rows}
         assert found == {
-            id_: (box.state, box.hold, box.wanted) for id_, box in self.rows.items() if box.state != "deleted"
+            id_: (box.state, box.hold, unfulfilled(box.state, box.hold, box.wanted))
+            for id_, box in self.rows.items()
+            if box.state != "deleted"
         }
         holds = [hold for _, hold, _ in found.values() if hold is not None]
         assert len(holds) == len(set(holds))
+
+
+def unfulfilled(state: object, hold: object, wanted: object) -> object:
+    """One that sleeps, and whose resuming was given up after it was to sleep again, is as it should be; some claim that
+    comes across it takes the wish away."""
+    return None if state == wanted == "paused" and hold is None else wanted
 
 
 def test_sandboxes(backend: Backend) -> None:

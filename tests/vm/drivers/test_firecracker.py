@@ -417,10 +417,7 @@ async def test_a_clone_answers(settings: Settings, fc_image: Image) -> None:
             await vm.kill()
 
 
-@pytest.mark.skipif(
-    not firecracker_here.has_hardware() and "SWARM_TEST_LIMITS" not in os.environ,
-    reason="takes two minutes where kernel mode is emulated: set SWARM_TEST_LIMITS",
-)
+@firecracker_here.slow_where_emulated
 async def test_the_limits_hold(settings: Settings, fc_image: Image) -> None:
     """How long a guest takes to write, and to be sent, the same with limits and without."""
     ours = firecracker_here.with_firecracker(settings, fc_image)

@@ -24,6 +24,7 @@ IDENTITY = Identity(
 )  # fmt: skip
 
 
+@firecracker_here.slow_where_emulated
 async def test_an_agent_sees_the_images_files_alone(settings: Settings, tmp_path: Path) -> None:
     out = bytearray()
     with firecracker_here.on_path():
