@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from swarm.base import process
 from swarm.base.process import run
 from swarm.errors import HostError, ImageError, NotFound, UsageError
 from swarm.vm.image.oci import config, reference
@@ -422,7 +423,10 @@ async def test_killed_in_mid_import(layout: Layout, imported: Imported, step: st
     assert await imported.layer("x") and len(left(imported)) == 2
 
 
-async def test_without_its_programs(monkeypatch: pytest.MonkeyPatch, imported: Imported) -> None:
-    monkeypatch.setattr("swarm.base.process.which", lambda name: None if name in ("skopeo", "umoci") else name)
+async def test_without_its_programs(monkeypatch: pytest.MonkeyPatch, imported: Imported, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "mkfs.erofs").symlink_to(process.path_of("mkfs.erofs"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(process, "_SYSTEM_PATH", "")
     with pytest.raises(HostError, match="needs skopeo and umoci, which this host lacks: apt-get install skopeo umoci"):
         await imported.import_("python:3.12-slim")
