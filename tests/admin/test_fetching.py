@@ -34,7 +34,7 @@ from swarm.vm.image.elsewhere import LAYER, PREFIX, token
 from swarm.vm.image.layer import Layers, _shape
 from swarm.vm.image.layer_build import Installed
 from tests.engine.test_faults import small_disk
-from tests.store.databases import Outside, SqliteOutside
+from tests.store.databases import Outside, database_of_hosts
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("root", "netns")]
 
@@ -232,17 +232,13 @@ def _hosts(settings: Settings, place: Path, url: str, open_outside: Callable[[st
 
 
 @pytest.fixture
-def hosts(settings: Settings, tmp_path: Path) -> Iterator[Hosts]:
-    yield from _hosts(settings, tmp_path, f"sqlite:///{tmp_path}/1/data/swarm.db", SqliteOutside)
+def hosts(request: pytest.FixtureRequest, settings: Settings, tmp_path: Path) -> Iterator[Hosts]:
+    yield from _hosts(settings, tmp_path, *database_of_hosts(request, "sqlite", tmp_path))
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def both(request: pytest.FixtureRequest, settings: Settings, tmp_path: Path) -> Iterator[Hosts]:
-    if request.param == "sqlite":
-        yield from _hosts(settings, tmp_path, f"sqlite:///{tmp_path}/1/data/swarm.db", SqliteOutside)
-    else:
-        backend = request.getfixturevalue("postgresql")
-        yield from _hosts(settings, tmp_path, backend.empty(), backend.outside)
+    yield from _hosts(settings, tmp_path, *database_of_hosts(request, request.param, tmp_path))
 
 
 def check(layer: Layer | None, original: Path) -> None:

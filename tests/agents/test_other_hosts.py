@@ -25,7 +25,7 @@ from swarm.errors import HostError, NotConfigured
 from swarm.model import Agent, Ticket
 from swarm.store.store import Store
 from tests.engine.test_faults import small_disk
-from tests.store.databases import Outside, SqliteOutside, insert
+from tests.store.databases import Outside, database_of_hosts, insert
 
 CODE = """
 import json, pathlib, subprocess
@@ -91,17 +91,13 @@ def _hosts(settings: Settings, place: Path, url: str, open_outside: Callable[[st
 
 
 @pytest.fixture
-def hosts(settings: Settings, tmp_path: Path) -> Iterator[Hosts]:
-    yield from _hosts(settings, tmp_path, f"sqlite:///{tmp_path}/1/data/swarm.db", SqliteOutside)
+def hosts(request: pytest.FixtureRequest, settings: Settings, tmp_path: Path) -> Iterator[Hosts]:
+    yield from _hosts(settings, tmp_path, *database_of_hosts(request, "sqlite", tmp_path))
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def both(request: pytest.FixtureRequest, settings: Settings, tmp_path: Path) -> Iterator[Hosts]:
-    if request.param == "sqlite":
-        yield from _hosts(settings, tmp_path, f"sqlite:///{tmp_path}/1/data/swarm.db", SqliteOutside)
-    else:
-        backend = request.getfixturevalue("postgresql")
-        yield from _hosts(settings, tmp_path, backend.empty(), backend.outside)
+    yield from _hosts(settings, tmp_path, *database_of_hosts(request, request.param, tmp_path))
 
 
 async def test_a_host_that_never_saw_the_agent_runs_its_ticket(both: Hosts) -> None:

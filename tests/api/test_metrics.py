@@ -24,12 +24,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from swarm.api import traces
 from swarm.api.feed import Feed
 from swarm.api.metrics import OTHER, VALUES, _Some
-from swarm.ledger import Account, Bill, Order, Spend
+from swarm.ledger import Bill, Order, Spend
 from swarm.model import Failed, FailureReason, Role, Succeeded
 from swarm.store.registry.tokens import Actor, new_token
 from tests import prometheus_here
 from tests.api.served import Served
 from tests.serving import serving
+from tests.store.databases import account_of
 
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "docs" / "monitoring"
@@ -64,10 +65,7 @@ async def work(served: Served) -> None:
     for id in ("good", "bad"):
         await served.add(id)
     good, bad = await store.claim("w", limit=2, lease_seconds=60)
-    account = Account(
-        ticket_id=good.ticket.id, run_id=good.run_id, step_execution_id=good.step_execution_id, step_id=good.step_id,
-        attempt_id=good.attempt_id, agent_id=good.agent.id, agent_name="echo",
-    )  # fmt: skip
+    account = account_of(good)
     some = Spend(usd=1.0, tokens=1000)
     await store.reserve(Order(id="call", account=account, upstream="anthropic", model="m-1", most=some, least=some))
     await store.book(

@@ -25,7 +25,7 @@ from swarm.api.endpoint import JSON
 from swarm.api.v1 import agents, engines, images, secrets, tokens, workflows
 from swarm.base import process
 from swarm.cli import service
-from swarm.ledger import Account, Bill, Limit, Order, Spend
+from swarm.ledger import Bill, Limit, Order, Spend
 from swarm.model import Agent, Role
 from swarm.store.hosts import Machine
 from swarm.store.sql.transaction import Tx
@@ -34,6 +34,7 @@ from swarm.vm.slots.inventory import Inventory
 from tests.api.served import ECHO, Served
 from tests.api.test_auth import refused
 from tests.api.test_workflows import changes, put
+from tests.store.databases import account_of
 
 VALUE = "correct horse battery staple"
 PARTS = {"root": {"file": "root.erofs", "sha256": "", "size_bytes": 3}}
@@ -260,10 +261,7 @@ async def test_no_read_waits_for_one_of_all_rows(served: Served) -> None:
 async def book(served: Served) -> None:
     await served.add("costly")
     (claim,) = await served.store.claim("worker", lease_seconds=60)
-    account = Account(
-        ticket_id="costly", run_id=claim.run_id, step_execution_id=claim.step_execution_id, step_id=claim.step_id,
-        attempt_id=claim.attempt_id, agent_id=ECHO.id, agent_name="echo", agent_budget=Limit(),
-    )  # fmt: skip
+    account = account_of(claim, agent_budget=Limit())
     most = Spend(usd=1.0, tokens=100)
     order = Order(id="call", account=account, upstream="x", model="large", most=most, least=most, day=Limit())
     await served.store.reserve(order)

@@ -26,6 +26,7 @@ from swarm.model import (
 )
 from swarm.store.store import Store
 from tests.api.served import ECHO, Served
+from tests.store.databases import account_of
 from tests.store.flows import register
 
 CLAUDE: Final = Agent(
@@ -52,10 +53,7 @@ _TITLES: Final = (
 
 async def call(store: Store, claim: Claim, number: int, *, usd: float, latency_ms: float) -> None:
     """A model call of an attempt, reserved and booked."""
-    account = Account(
-        ticket_id=claim.ticket.id, run_id=claim.run_id, step_execution_id=claim.step_execution_id,
-        step_id=claim.step_id, attempt_id=claim.attempt_id, agent_id=claim.agent.id, agent_name=claim.agent.name,
-    )  # fmt: skip
+    account = account_of(claim)
     id, most = f"call-{claim.attempt_id}-{number}", Spend(tokens=60_000, usd=1.0)
     order = Order(id=id, account=account, upstream="anthropic", model="claude-sonnet-5", most=most, least=most)
     await store.reserve(order)

@@ -10,7 +10,7 @@ import contextlib
 import re
 import shutil
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ import psycopg
 import pytest
 
 from swarm.base.process import run
+from swarm.ledger import Account
 from swarm.model import ECHO_AGENT_ID, Agent, Claim, Failed, FailureReason, RetryPolicy
 from swarm.store.sql.postgresql import translate
 from swarm.store.store import Store
@@ -323,6 +324,14 @@ class PostgresBackend:
         self._stack.close()
 
 
+def database_of_hosts(request: pytest.FixtureRequest, kind: str, place: Path) -> tuple[str, Callable[[str], Outside]]:
+    """The URL of an empty one that the hosts of a test share, the first of which has its home in ``1``."""
+    if kind == "sqlite":
+        return f"sqlite:///{place}/1/data/swarm.db", SqliteOutside
+    backend: PostgresBackend = request.getfixturevalue("postgresql")
+    return backend.empty(), backend.outside
+
+
 def insert(outside: Outside, id: str, **columns: Any) -> None:
     """A ready ticket for the echo agent, as another tool inserts it; ``columns`` override or add."""
     outside.execute(*inserted(id, **columns))
@@ -356,6 +365,15 @@ async def claimed(
 async def claim_one(store: Store, worker: str = "worker", **options: Any) -> Claim:
     (claim,) = await store.claim(worker, lease_seconds=LEASE, **options)
     return claim
+
+
+def account_of(claim: Claim, **others: Any) -> Account:
+    """On which the model calls of its attempt are booked."""
+    return Account(
+        ticket_id=claim.ticket.id, run_id=claim.run_id, step_execution_id=claim.step_execution_id,
+        step_id=claim.step_id, attempt_id=claim.attempt_id, agent_id=claim.agent.id, agent_name=claim.agent.name,
+        **others,
+    )  # fmt: skip
 
 
 def failed(reason: FailureReason = FailureReason.AGENT_FAILED, message: str = "it broke") -> Failed:

@@ -27,10 +27,10 @@ from typing import Final
 
 from swarm.admin.prove import judge
 from swarm.base.log import configure
-from swarm.ledger import Account, Bill, Order, Spend
+from swarm.ledger import Bill, Order, Spend
 from swarm.model import ECHO_AGENT_ID, Claim, Event, Succeeded, Ticket
 from swarm.store.store import Store
-from tests.store.databases import LEASE, SqliteBackend
+from tests.store.databases import LEASE, SqliteBackend, account_of
 
 SOURCE: Final = Path(__file__).with_name("power.c")
 ROOT: Final = Path(__file__).parents[2]
@@ -76,15 +76,7 @@ class _Process:
                 self.tell("done", claim.ticket.id)
 
     async def spend(self, store: Store, claim: Claim) -> None:
-        account = Account(
-            ticket_id=claim.ticket.id,
-            run_id=claim.run_id,
-            step_execution_id=claim.step_execution_id,
-            step_id=claim.step_id,
-            attempt_id=claim.attempt_id,
-            agent_id=claim.agent.id,
-            agent_name=claim.agent.name,
-        )
+        account = account_of(claim)
         id_, some = f"call-{claim.attempt_id}", Spend(tokens=1, usd=1)
         await store.reserve(Order(id=id_, account=account, upstream="u", model="m", most=some, least=some))
         self.tell("reserved", id_)

@@ -17,13 +17,24 @@ import pytest
 
 from swarm.admin.prove import judge
 from swarm.errors import Conflict, LeaseLost, StoreError
-from swarm.ledger import Account, Bill, Order, Spend
-from swarm.model import Claim, Event, Failed, FailureReason, Succeeded, Ticket
+from swarm.ledger import Bill, Order, Spend
+from swarm.model import Event, Failed, FailureReason, Succeeded, Ticket
 from swarm.store.claims.finish import AppendRequest
 from swarm.store.store import Store
 from swarm.triggers.schedules import Scheduler
 from tests.cel.local import Local
-from tests.store.databases import ECHO, LEASE, RETRY, Outside, PostgresBackend, claim_one, claimed, insert, left_overs
+from tests.store.databases import (
+    ECHO,
+    LEASE,
+    RETRY,
+    Outside,
+    PostgresBackend,
+    account_of,
+    claim_one,
+    claimed,
+    insert,
+    left_overs,
+)
 from tests.store.flows import register
 
 pytestmark = [pytest.mark.needs("postgres"), pytest.mark.slow]  # starts a server
@@ -143,18 +154,6 @@ async def twice(proxy: Proxy, cut: str, work: Callable[[], Coroutine[Any, Any, A
 
 
 both = pytest.mark.parametrize("cut", ["before", "after"])
-
-
-def account(claim: Claim) -> Account:
-    return Account(
-        ticket_id=claim.ticket.id,
-        run_id=claim.run_id,
-        step_execution_id=claim.step_execution_id,
-        step_id=claim.step_id,
-        attempt_id=claim.attempt_id,
-        agent_id=ECHO.id,
-        agent_name="echo",
-    )
 
 
 async def proved(store: Store, outside: Outside) -> None:
@@ -313,7 +312,7 @@ async def test_a_schedule(proxy: Proxy, ready: Store, outside: Outside, cut: str
 @both
 async def test_the_accounts(proxy: Proxy, ready: Store, outside: Outside, cut: str) -> None:
     insert(outside, "t", budget_tokens=100)
-    of = account(await claim_one(ready))
+    of = account_of(await claim_one(ready))
     spend = Spend(tokens=60, usd=0.0)
     order = Order(id="c", account=of, upstream="u", model="m", most=spend, least=spend)
     await ready.reserve(order)

@@ -16,12 +16,12 @@ import pytest
 
 from swarm.admin.prove import judge
 from swarm.errors import LeaseLost
-from swarm.ledger import Account, Bill, Granted, Order, Refused, Spend
+from swarm.ledger import Bill, Granted, Order, Refused, Spend
 from swarm.model import Cancelled, Claim, Failed, FailureReason, Interrupted, Outcome, Succeeded
 from swarm.store.store import Store
 from swarm.triggers.schedules import Scheduler
 from tests.cel.local import Local
-from tests.store.databases import ECHO, RETRY, Outside, claim_one, insert, left_overs
+from tests.store.databases import ECHO, RETRY, Outside, account_of, claim_one, insert, left_overs
 from tests.store.flows import register
 
 pytestmark = pytest.mark.slow  # tries very many cases
@@ -226,15 +226,7 @@ async def test_ends_of_all_kinds_at_once(engines: list[Store], outside: Outside)
 async def test_no_budget_is_overdrawn(engines: list[Store], outside: Outside) -> None:
     insert(outside, "t", budget_tokens=1000)
     claim = await claim_one(engines[0])
-    account = Account(
-        ticket_id="t",
-        run_id=claim.run_id,
-        step_execution_id=claim.step_execution_id,
-        step_id=claim.step_id,
-        attempt_id=claim.attempt_id,
-        agent_id=ECHO.id,
-        agent_name="echo",
-    )
+    account = account_of(claim)
 
     async def call(store: Store, number: int) -> int:
         """The tokens of one call; 0 if it was refused."""

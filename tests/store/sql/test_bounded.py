@@ -9,12 +9,12 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from swarm.errors import NotFound
-from swarm.ledger import Account, Order, Refused, Spend
+from swarm.ledger import Order, Refused, Spend
 from swarm.model import Ticket
 from swarm.store.sandboxes.sandboxes import SandboxFilter
 from swarm.store.sql.rows import TicketSummary
 from swarm.store.store import Store
-from tests.store.databases import ECHO, LEASE, Outside, PostgresBackend, claim_one, insert
+from tests.store.databases import ECHO, LEASE, Outside, PostgresBackend, account_of, claim_one, insert
 
 HUGE = 300_000_000  # four such texts are more than a row may have on its way from PostgreSQL
 FOUR = ("title", "assignee_id", "requires", "error")
@@ -86,15 +86,7 @@ async def test_numbers_that_json_does_not_have_are_not_shown(store: Store, outsi
 async def test_a_budget_that_is_no_number_allows_nothing(store: Store, outside: Outside) -> None:
     insert(outside, "t", budget_usd=1.0)
     claim = await claim_one(store)
-    account = Account(
-        ticket_id="t",
-        run_id=claim.run_id,
-        step_execution_id=claim.step_execution_id,
-        step_id=claim.step_id,
-        attempt_id=claim.attempt_id,
-        agent_id=ECHO.id,
-        agent_name="echo",
-    )
+    account = account_of(claim)
     outside.execute("UPDATE tickets SET budget_usd = 'NaN'")
     one = Spend(tokens=1, usd=0.01)
     refused = await store.reserve(Order(id="c", account=account, upstream="u", model="m", most=one, least=one))
