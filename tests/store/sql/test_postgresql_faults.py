@@ -249,6 +249,11 @@ async def test_a_database_that_swarm_can_not_use(own_server: postgres_here.Serve
         ("postgresql://swarm:geheim x@127.0.0.1:1/x", "a space %20"),
         ("postgresql://swarm:geheim@127.0.0.1:1/x?hots=x", 'invalid URI query parameter: "hots"'),
         ("password=geheim host=127.0.0.1 dbname=x", "bad database URL 'password=\\*\\*\\* host=127"),
+        ("postgresql://127.0.0.1:1/x?user=swarm&PASSWORD=geheim", 'invalid URI query parameter: "PASSWORD"'),
+        ("postgresql://127.0.0.1:1/x?pass%77ord=geheim&hots=x", 'invalid URI query parameter: "hots"'),
+        (r"host=127.0.0.1 PASSWORD=gehe\ im dbname=x", r"bad database URL .*PASSWORD=\*\*\* dbname"),
+        ("host=127.0.0.1 password=gehe heim dbname=x", r"bad database URL .*password=\*\*\*"),
+        ("host=127.0.0.1 password='geheim dbname=x", r"bad database URL .*password=\*\*\*"),
         ("host=127.0.0.1 password = 'gehe im\\'heim' dbname=x", "bad database URL .*password = \\*\\*\\* dbname"),
     ],
 )

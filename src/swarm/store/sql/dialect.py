@@ -11,6 +11,7 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import unquote
 
 from swarm.errors import Locked, StoreError
 from swarm.store.sql.wake import Wake
@@ -26,13 +27,18 @@ _ATTEMPT: Final = re.compile(r"(?:- host: .*?, hostaddr: .*?: )?connection faile
 _ATTEMPTS: Final = "Multiple connection attempts failed"
 _PASSWORD: Final = re.compile(r"^((?:[^:]*://)?+[^:]*):.*(?=@)", re.S)
 # PostgreSQL takes it there as well; and somebody may have written no URL, but what libpq takes in its place.
-_IN_QUERY: Final = re.compile(r"([?&](?:ssl)?password=)[^&]*", re.S)
-_IN_WORDS: Final = re.compile(r"((?:^|\s)(?:ssl)?password\s*=\s*)(?:'(?:[^'\\]|\\.)*'?|\S+)", re.S)
+# Also as it does not take it, PASSWORD say: that is told as a mistake.
+_IN_QUERY: Final = re.compile(r"([?&])([^=&]*)=[^&]*", re.S)
+_IN_WORDS: Final = re.compile(r"(\w*password\w*\s*=\s*)(?:'(?:[^'\\]|\\.)*'?|.*?(?=\s\w+\s*=|\Z))", re.S | re.I)
 
 
 def without_password(url: str) -> str:
     url = _PASSWORD.sub(r"\1:***", url)
-    return _IN_QUERY.sub(r"\1***", url) if "://" in url else _IN_WORDS.sub(r"\1***", url)
+    return _IN_QUERY.sub(_hidden, url) if "://" in url else _IN_WORDS.sub(r"\1***", url)
+
+
+def _hidden(found: re.Match[str]) -> str:
+    return f"{found[1]}{found[2]}=***" if "password" in unquote(found[2]).lower() else found[0]
 
 
 class Sql(str):
