@@ -106,3 +106,17 @@ def test_a_password_in_a_database_url_is_not_shown(url: str, why: str) -> None:
 def test_a_database_url_without_a_password_is_shown() -> None:
     with pytest.raises(UsageError, match="oracle://user@host:1/db"):
         Database("oracle://user@host:1/db", busy_timeout_seconds=1)
+
+
+@pytest.mark.parametrize("address", ["", "10.0.0.1:1", "host-7.lan:7717", "[::1]:65535", "h:59999"])
+def test_an_address_to_share_at(address: str) -> None:
+    assert config.load(share_address=address).share_address == address
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["7717", ":7717", "h", "h:", "h:0", "h:01", "h:65536", "h:99999", "h:1x", "a b:1", "::1:70", "http://h:1"],
+)
+def test_no_address_to_share_at(address: str) -> None:
+    with pytest.raises(UsageError, match="share_address must be an address with a port"):
+        config.load(share_address=address)
