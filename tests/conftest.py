@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swarm" / "images"
 REQUIRED = frozenset(filter(None, os.environ.get("SWARM_REQUIRE", "").split(",")))
 SANDBOX = os.environ.get("SWARM_SANDBOX", "")
+PATIENCE_SECONDS = 300.0  # for what surely happens, in a VM on a slow and busy machine too
 
 # How fast inputs are made and tried says something about the machine, and nothing about what is tested.
 hypothesis.settings.register_profile(

@@ -103,7 +103,7 @@ def test_the_token_of_the_boot_is_void_after_renew(guest: Guest) -> None:
 
     async def knock(token: bytes) -> None:
         endpoint = Endpoint(host=guest.address, port=AGENTD_PORT)
-        async with Channel.connect(endpoint, token=token, timeout_seconds=30):
+        async with Channel.connect(endpoint, token=token, timeout_seconds=120):
             pass
 
     guest.python("print(open('/proc/cmdline').read())")
@@ -312,7 +312,7 @@ def test_file_operations_have_the_rights_of_their_user(guest: Guest) -> None:
             await files.stat(open_, "/work", user="nobody")
         guest_link = "/work/link"
         await files.write(open_, "/work/main.py", f"import os; os.symlink('/run', '{guest_link}')".encode())
-        ended = await guest.channel.run(["/work/main.py"], warm=True, timeout_seconds=30)
+        ended = await guest.channel.run(["/work/main.py"], warm=True, timeout_seconds=120)
         assert ended.code == 0
         for path in ("/run/roots", f"{guest_link}/roots", "/etc/shadow", "/proc/1/environ", "/proc/self/mem"):
             with pytest.raises(Conflict, match="Permission denied"):

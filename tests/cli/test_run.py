@@ -202,7 +202,8 @@ def test_a_terminal_is_one_in_the_vm_too(here: Path, env: dict[str, str]) -> Non
         terminal.type("\x03")
         terminal.until("stopped\r\n")
         assert terminal.status() == 5 and terminal.restored()
-        assert terminal.seen == b""
+        # The guest's kernel sends the signal first, and then shows that it has; the agent may be quicker.
+        assert terminal.seen in (b"", b"^C")
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from swarm.store.store import Store
 from swarm.vm.driver import Image
 from swarm.vm.slots.inventory import VmRecord
 from tests.agents.write import registered
+from tests.conftest import PATIENCE_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ class Bench:
         self.insert("t", agent.id, inputs=json.dumps(inputs or {}))
         return await run_ticket(self.store, self.worker, "t")
 
-    async def until(self, holds: Callable[[], Awaitable[bool]], *, timeout_seconds: float = 60) -> None:
+    async def until(self, holds: Callable[[], Awaitable[bool]], *, timeout_seconds: float = PATIENCE_SECONDS) -> None:
         """Return when ``holds``, which is asked again after every commit, and now and then."""
         async with FileWake.watching(self.database) as wake, asyncio.timeout(timeout_seconds):
             while not await holds():
@@ -145,7 +146,7 @@ async def engine_process(
 async def log_until(process: asyncio.subprocess.Process, event: str) -> dict[str, object]:
     """Read an engine's log up to a line with this event, or with ``error`` in it when the engine ends."""
     assert process.stderr is not None
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while line := await process.stderr.readline():
             said: dict[str, object] = json.loads(line) if line.startswith(b"{") else {"event": line.decode().strip()}
             if event in str(said["event"]):
@@ -174,7 +175,7 @@ async def serving(bench: Bench, **options: object) -> AsyncIterator[Dispatcher]:
         yield dispatcher
 
 
-async def ended(bench: Bench, *ids: str, timeout_seconds: float = 60) -> list[str]:
+async def ended(bench: Bench, *ids: str, timeout_seconds: float = PATIENCE_SECONDS) -> list[str]:
     """The states of these tickets once all of them have ended."""
 
     async def all_ended() -> bool:

@@ -23,6 +23,7 @@ from swarm.store.sandboxes.snapshots import SnapshotFilter, SnapshotPage
 from swarm.store.sql.wake import FileWake
 from swarm.store.store import Store
 from swarm.vm.slots.inventory import VmRecord
+from tests.conftest import PATIENCE_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class Desk:
         row = {"id": id, **columns}
         self.sql(f"INSERT INTO sandboxes ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", *row.values())
 
-    async def until(self, holds: Callable[[], Awaitable[bool]], *, timeout_seconds: float = 60) -> None:
+    async def until(self, holds: Callable[[], Awaitable[bool]], *, timeout_seconds: float = PATIENCE_SECONDS) -> None:
         async with FileWake.watching(self.database) as wake, asyncio.timeout(timeout_seconds):
             while not await holds():
                 await wake.changed(timeout_seconds=0.1)

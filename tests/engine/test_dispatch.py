@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sqlite3
@@ -109,16 +110,15 @@ async def test_one_that_can_never_fit_fails_and_blocks_nobody(plain: Bench) -> N
 
 async def test_memory_is_promised_once(plain: Bench) -> None:
     memory = Memory(total_mb=700, reserve_mb=0, available_mb=lambda: 10_000)
-    agent = await plain.agent(DONE, memory_mb=256)
+    code = OUT + "began = time.monotonic()\ntime.sleep(0.3)\nout({'began': began, 'ended': time.monotonic()})"
+    agent = await plain.agent(code, memory_mb=256)
     for number in range(4):
         plain.insert(f"t{number}", agent.id)
     async with serving(plain, memory=memory):
         await ended(plain, "t0", "t1", "t2", "t3")
-    overlaps = plain.sql(
-        "SELECT max((SELECT count(*) FROM attempts b WHERE b.started_at <= a.started_at "
-        "AND b.ended_at > a.started_at)) FROM attempts a"
-    )
-    assert overlaps[0][0] in (1, 2)
+    # As the agents saw it. By the book they may overlap: an attempt's end is written when its VM is gone.
+    ran = [json.loads((await plain.store.ticket(f"t{number}")).outputs or "") for number in range(4)]
+    assert max(sum(b["began"] <= a["began"] < b["ended"] for b in ran) for a in ran) <= 2
 
 
 async def test_a_dependant_starts_when_what_it_needs_is_done(plain: Bench) -> None:

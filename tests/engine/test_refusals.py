@@ -67,7 +67,7 @@ async def test_a_trigger(tmp_path: Path, table: str, event: str, body: str) -> N
     url = f"sqlite:///{tmp_path / 'swarm.db'}"
     async with Store.open(url) as store:
         await store.migrate()
-    async with Store.open(url, planning_seconds=1.0) as store, store.watching() as wake:
+    async with Store.open(url, planning_seconds=60.0) as store, store.watching() as wake:
         await store.put_agent(ECHO)
         flow = await register(store, "steps: [{id: one, agent: echo}, {id: two, agent: echo, needs: one}]")
         await register(store, "schedule: [{cron: '@yearly'}]\nsteps: [{id: one, agent: echo}]", name="yearly")

@@ -10,6 +10,7 @@ import pytest
 from swarm import config
 from swarm.app import setup, wiring
 from swarm.config import Settings
+from swarm.engine import engine
 from swarm.engine.run_once import run_ticket
 from swarm.vm.driver import Image
 from tests.agents import claude_code_here
@@ -41,6 +42,7 @@ async def test_claude_code_in_a_vm(
     async with ScriptedApi(script, key=KEY).serving() as api:
         monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
         monkeypatch.setenv("ANTHROPIC_BASE_URL", api.url)
+        monkeypatch.setattr(engine, "_OVER_BUDGET_SECONDS", 600.0)  # emulated, beside others, it takes its time to end
         own = config.load(**{**settings.model_dump(), "home": tmp_path / "home", "templates_dir": settings.templates})
         await setup.init(own, image=False)
         async with wiring.store(own) as store, wiring.worker(own, store) as worker:

@@ -106,7 +106,7 @@ async def test_it_dies_with_its_engine() -> None:
     finally:
         engine.kill()
         await engine.wait()
-    assert await process.gone(pid, started, timeout_seconds=30)
+    assert await process.gone(pid, started, timeout_seconds=120)
 
 
 async def test_it_starts_when_it_is_needed(harness: Harness) -> None:
@@ -207,7 +207,7 @@ async def test_one_that_hangs_is_ended(harness: Harness) -> None:
         os.kill(pid, signal.SIGSTOP)
         await asyncio.wait_for(a.close(), 60)
         harness.gateway._close_seconds = 30
-        assert await process.gone(pid, started, timeout_seconds=30)
+        assert await process.gone(pid, started, timeout_seconds=120)
         assert await call(b) == HAIKU
 
 

@@ -234,7 +234,7 @@ async def test_templates_on_another_file_system(settings: Settings, image: Image
         own = settings.model_copy(update={"templates_dir": tmp_path / "templates"})
         vms = wiring.launcher(own, await wiring.choice(own))
         async with vms.vm(VmSpec(image=image, memory_mb=192, disk_mb=64), Assignment(), Timeline()) as live:
-            assert (await live.channel.run(["/bin/true"], timeout_seconds=30)).code == 0
+            assert (await live.channel.run(["/bin/true"], timeout_seconds=120)).code == 0
     finally:
         await run(["umount", str(tmp_path)])
 
@@ -303,7 +303,7 @@ def test_a_guest_may_not_say_that_it_skipped_its_identity(eight: list[Twin]) -> 
 
 def test_the_templates_token_opens_no_clone(eight: list[Twin], template: Template, loop: asyncio.Runner) -> None:
     async def try_it() -> None:
-        async with Channel.connect(eight[0].live.vm.endpoint, token=template.token, timeout_seconds=10):
+        async with Channel.connect(eight[0].live.vm.endpoint, token=template.token, timeout_seconds=120):
             pass
 
     with pytest.raises(ChannelError, match="wrong token"):

@@ -285,7 +285,7 @@ async def test_forks_share_nothing_that_must_differ_and_no_program_of_theirs_run
         for live in forks:  # the parent's connection, which was open, is gone; the parent's token opens nothing
             assert await established(live) == 1
             with pytest.raises(ChannelError):
-                async with Channel.connect(live.vm.endpoint, token=parent.identity.token, timeout_seconds=10):
+                async with Channel.connect(live.vm.endpoint, token=parent.identity.token, timeout_seconds=120):
                     pass
         for live in (*forks, parent):
             now = time.time_ns()

@@ -20,6 +20,7 @@ from swarm.model import Claim, Failed, FailureReason, Interrupted, Outcome, Succ
 from swarm.store.store import Store
 from tests.store.databases import LEASE, Backend, Outside, insert, left_overs
 from tests.store.flows import register
+from tests.store.runs.workflows import INSIDE, OUTSIDE
 
 pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
 
@@ -81,7 +82,7 @@ def _has_one_vm(step: Mapping[str, Any]) -> bool:
 MOVES = st.sampled_from(["ok", "ok", "ok", "ok", "fail", "fail", "lost", "back", "restart", "two at once"])
 
 
-@pytest.mark.parametrize("planning_seconds", [0.05, -1.0], ids=["in the transaction", "outside"])
+@pytest.mark.parametrize("planning_seconds", [INSIDE, OUTSIDE], ids=["in the transaction", "outside"])
 def test_any_workflow(backend: Backend, planning_seconds: float) -> None:
     @settings(max_examples=round(30 * backend.share), deadline=None, suppress_health_check=list(HealthCheck))
     @given(

@@ -66,7 +66,7 @@ class Way:
 
 def process_way(settings: Settings) -> Way:
     spec = VmSpec(image=NO_IMAGE)
-    return Way(driver=ProcessDriver(), settings=settings, spec=spec, template=None, timeout_seconds=30)
+    return Way(driver=ProcessDriver(), settings=settings, spec=spec, template=None, timeout_seconds=120)
 
 
 async def qemu_way(settings: Settings, image: Image, *, restored: bool) -> Way:

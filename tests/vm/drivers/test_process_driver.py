@@ -77,7 +77,7 @@ async def test_it_ends_also_when_its_owner_has_no_descriptors_left(place: Path) 
 
 async def test_boot_to_kill_leaves_nothing(place: Path) -> None:
     vm: Vm = await ProcessDriver().boot(SPEC, None, place)
-    async with Channel.connect(vm.endpoint, token=TOKEN, timeout_seconds=10) as channel:
+    async with Channel.connect(vm.endpoint, token=TOKEN, timeout_seconds=120) as channel:
         identity = Identity(
             generation="g",
             seed=b"s" * 32,
@@ -90,7 +90,7 @@ async def test_boot_to_kill_leaves_nothing(place: Path) -> None:
         assert (await channel.renew(identity)).generation == "g"
         await channel.put({"input.json": b'{"inputs": 1}'}, dest="/work")
         await channel.put({"main.py": b"open('output.json', 'w').write(open('input.json').read())"}, dest="/agent")
-        assert (await channel.run(["/agent/main.py"], warm=True, timeout_seconds=10)).code == 0
+        assert (await channel.run(["/agent/main.py"], warm=True, timeout_seconds=120)).code == 0
         assert await channel.get("/work/output.json", limit_bytes=100) == b'{"inputs": 1}'
     assert related(place)
     await vm.kill()
@@ -105,7 +105,7 @@ async def test_what_runs_dies_too(place: Path, how: str) -> None:
     vm = await ProcessDriver().boot(SPEC, None, place)
     said: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
     script = "trap '' TERM INT HUP; setsid sleep 1000 </dev/null & echo $$ $!; wait"
-    async with Channel.connect(vm.endpoint, token=TOKEN, timeout_seconds=10) as channel:
+    async with Channel.connect(vm.endpoint, token=TOKEN, timeout_seconds=120) as channel:
         run = asyncio.create_task(
             channel.run(["/bin/sh", "-c", script], timeout_seconds=60, on_output=lambda _, data: said.set_result(data))
         )
@@ -130,7 +130,7 @@ from swarm.channel import Channel
 from swarm.vm.drivers.process import ProcessDriver
 async def main():
     vm = await ProcessDriver().boot(SPEC, None, Path({str(place)!r}))
-    async with Channel.connect(vm.endpoint, token=TOKEN, timeout_seconds=10):
+    async with Channel.connect(vm.endpoint, token=TOKEN, timeout_seconds=120):
         os.kill(os.getpid(), 9)
 asyncio.run(main())
 """
@@ -154,7 +154,7 @@ async def test_it_can_outlive_its_owner(place: Path) -> None:
     try:
         line = Path(f"/proc/{vm.pid}/status").read_text()
         assert "setpriv" not in line
-        async with Channel.connect(vm.endpoint, token=TOKEN, timeout_seconds=10) as channel:
+        async with Channel.connect(vm.endpoint, token=TOKEN, timeout_seconds=120) as channel:
             assert channel.greeting.mode == "process"
     finally:
         await vm.kill()
