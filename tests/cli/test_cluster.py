@@ -204,6 +204,13 @@ async def test_an_engine_on_every_node(cluster: Cluster) -> None:
     hosts = json.loads(await cluster.swarm("host", "list", "--json"))
     assert len(hosts) == 3 and not any(one["draining"] for one in hosts)
 
+    # What a person has drained stays so.
+    (again,) = await cluster.cluster("up")
+    await cluster.swarm("host", "drain", again["host_id"])
+    await cluster.cluster("down", "--drain")
+    hosts = json.loads(await cluster.swarm("host", "list", "--json"))
+    assert [one["id"] for one in hosts if one["draining"]] == [again["host_id"]]
+
 
 @pytest.mark.parametrize("address", ["nonsense", "10.0.0.1:notaport", "", "local", "http://x", "127.0.0.1:1"])
 async def test_an_address_of_no_ray(address: str) -> None:

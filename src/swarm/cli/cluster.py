@@ -212,8 +212,9 @@ async def _elsewhere(cli: Cli, kept: list[Kept]) -> list[Kept]:
     if not running:
         return []
     async with cli.store() as store:
-        known = {row.pid for row in await store.workers() if is_alive(row)}
-    return [one for one in running if one.pid not in known]
+        names = {row.id: row.name for row in await store.hosts()}
+        known = {(row.host, row.pid) for row in await store.workers() if is_alive(row)}
+    return [one for one in running if (names.get(one.host_id or ""), one.pid) not in known]
 
 
 def _show(cli: Cli, kept: list[Kept]) -> None:

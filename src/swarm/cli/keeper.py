@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import sys
 import threading
@@ -57,6 +58,7 @@ class Kept:
     address: str
     state: str = "starting"  # running, failing, stopping, stopped, silent (the keeper doesn't answer)
     pid: int | None = None
+    host_id: str | None = None  # Swarm's, of the engine
     since: str | None = None
     restarts: int = 0
     error: str | None = None
@@ -103,7 +105,10 @@ class Keeper:
             if found is not None:
                 if found != ours:
                     ours, began, since = found, time.monotonic(), iso(time.time() * 1000)
-                    self._kept = replace(self._kept, state="running", pid=found.pid, since=since, error=None)
+                    id = host.host_id(self._settings.state_dir)
+                    self._kept = replace(
+                        self._kept, state="running", pid=found.pid, host_id=id, since=since, error=None
+                    )
                 await self._wait(_LOOK_SECONDS)
                 continue
             if ours is not None:  # it has ended
@@ -125,18 +130,22 @@ class Keeper:
                 await self._ends.wait()
 
     async def _stop(self, engine: service.Process, *, drain: bool, within_seconds: float | None) -> None:
-        id = host.host_id(self._settings.state_dir) if drain else None
+        id, ours = host.host_id(self._settings.state_dir) if drain else None, False
         if id:
+            shown = json.loads(await self._command("swarm.cli.main", "host", "show", id, "--json", seconds=60.0))
+            ours = not shown["host"]["draining"]
             within = [] if within_seconds is None else [f"--within={within_seconds:g}"]
             await self._command("swarm.cli.main", "host", "drain", id, "--wait", *within, seconds=_STOP_SECONDS)
         await service.stop(engine, now=False, timeout_seconds=None)
-        if id:  # the drain was for this stop: the next engine here takes work
+        if id and ours:  # the drain was for this stop: the next engine here takes work
             await self._command("swarm.cli.main", "host", "undrain", id, seconds=60.0)
 
-    async def _command(self, module: str, *words: str, seconds: float) -> None:
+    async def _command(self, module: str, *words: str, seconds: float) -> bytes:
+        """What it prints."""
         home = ["--home", str(self._settings.home)]
         argv = [sys.executable, "-m", module, *words, *home]
-        await process.run(argv, timeout_seconds=seconds, env=dict(os.environ))  # the settings, the database's too
+        # The environment has the settings, the database's too.
+        return (await process.run(argv, timeout_seconds=seconds, env=dict(os.environ))).stdout
 
     def _refuse_without_token(self) -> None:
         if self._wanted.secured and not asks_for_token():
