@@ -19,7 +19,7 @@ from alembic.script import ScriptDirectory
 
 from swarm import store as package
 from swarm.errors import StoreError
-from swarm.store.claims.claim import probe
+from swarm.store.claims.ready import probe
 from swarm.store.sql.database import HEAD, OLDER
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.migrate import MIGRATIONS
@@ -40,7 +40,7 @@ STATEMENTS: dict[str, Sql] = {
     for module in MODULES
     for name, value in vars(import_module(module)).items()
     if isinstance(value, Sql)
-} | {"claim.probe": probe(SQLITE)}
+} | {"ready.probe": probe(SQLITE)}
 
 # Intended scans of whole tables: tables of a few rows, and lists for people that end at their LIMIT.
 SMALL = re.compile(
@@ -81,7 +81,7 @@ def test_no_statement_scans_finished_rows(name: str, url: str) -> None:
     reads = [line for line in plan if line.startswith("SCAN") and not SMALL.match(line) and not LIVE_ONLY.match(line)]
     if name == "snapshots._OF_HOST":  # as many rows as there are snapshots on disks; once in a while
         reads.remove("SCAN snapshots")
-    if name == "claim.probe":  # is there any row at all?
+    if name == "ready.probe":  # is there any row at all?
         reads.remove("SCAN ticket_dependencies USING COVERING INDEX ticket_dependencies_depends_on")
     if name.endswith("._TICKETS_THAT_NEED"):  # drafts are in no index; runs only when one is removed
         reads.remove("SCAN tickets USING INDEX tickets_created")
@@ -236,7 +236,7 @@ def test_no_statement_scans_finished_rows_on_postgresql(postgresql_url: str) -> 
             connection.execute(f"SET enable_{way} = off".encode())
         found = dict[str, list[str]]()
         for name, statement in STATEMENTS.items():
-            if name != "claim.probe" and (reads := whole_reads(connection, statement)):
+            if name != "ready.probe" and (reads := whole_reads(connection, statement)):
                 found[name] = reads
     assert {name: reads for name, reads in found.items() if name not in WHOLE_READS} == {}
 

@@ -4,9 +4,8 @@ the first `limit` steps by priority and age attempts of one worker.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any, Final
 
 from swarm.errors import StoreError, SwarmError
@@ -18,11 +17,12 @@ from swarm.store.claims.pace import Pace
 from swarm.store.claims.ready import Candidate
 from swarm.store.claims.request import Claimed, ClaimRequest
 from swarm.store.registry import workflows
-from swarm.store.registry.agents import NAMES, Agents
+from swarm.store.registry.agents import NAMES
 from swarm.store.runs.workflow_engine import WorkflowEngine
-from swarm.store.sql.conditions import RUN_DUE, STEP_WAITING, UNKNOWN_STATE
-from swarm.store.sql.database import HEAD, REVISION, other_revision
-from swarm.store.sql.dialect import Dialect, Sql
+from swarm.store.sql.conditions import UNKNOWN_STATE
+from swarm.store.sql.database import HEAD, other_revision
+from swarm.store.sql.dialect import Sql
+from swarm.store.sql.reads import Read
 from swarm.store.sql.rows import READ_BYTES, flag, ids_in_order, iso, milliseconds
 from swarm.store.sql.transaction import Row, Tx, chars, one_row
 from swarm.store.tickets import dependencies, elsewhere, places, validation
@@ -69,29 +69,11 @@ FAIL_STEP: Final = one_row(
 )
 
 
-@cache
-def probe(dialect: Dialect) -> Sql:
-    """One statement for the time and for which of the rarer duties are due, each by one index lookup."""
-    return Sql(f"""
-        SELECT now_ms, {dialect.written_by_others} AS written_by_others, {REVISION} AS revision,
-          EXISTS (SELECT 1 FROM attempts WHERE outcome IS NULL AND lease_until <= now_ms) AS expired,
-          EXISTS (SELECT 1 FROM step_executions
-                  WHERE status = 'ready' AND available_at IS NOT NULL AND available_at <= now_ms) AS due,
-          EXISTS (SELECT 1 FROM step_executions WHERE status = 'ready' AND available_at IS NULL) AS steps,
-          EXISTS (SELECT 1 FROM workflow_runs WHERE {RUN_DUE} AND due_at <= now_ms)
-          OR EXISTS (SELECT 1 FROM step_executions WHERE {STEP_WAITING} AND available_at <= now_ms) AS runs,
-          EXISTS (SELECT 1 FROM tickets WHERE {UNKNOWN_STATE}) AS unknown_states,
-          {places.MARKED} OR EXISTS (SELECT 1 FROM unmet) AS marked,
-          EXISTS (SELECT 1 FROM ticket_dependencies) AS dependencies
-        FROM (SELECT {dialect.now_ms} AS now_ms) AS moment""")
-
-
 class Claimer:
     """Claims for one process, on the writing thread. Its state is a cache, nothing more."""
 
     def __init__(self, workflows: WorkflowEngine) -> None:
         self.workflows = workflows
-        self.agents = Agents()
         self.maintenance = Maintenance()
         self.pace = Pace()
 
@@ -123,11 +105,15 @@ class _ClaimTransaction:
         self.cut = False  # rows are too long to read all of them in one transaction
 
     def run(self) -> Claimed | SwarmError:
-        probed = self.tx.first(probe(self.tx.dialect))
+        if self.tx.joined and self.tx.knows_time and self.request.ticket_id is None:
+            self.tx.ahead(self._expected())
+        probed = self.tx.first(ready.probe(self.tx.dialect))
         assert probed is not None
         if probed.revision != HEAD:
             return other_revision(probed.revision)
-        self.tx.now_ms, self.ids = probed.now_ms, ids_in_order(probed.now_ms)
+        if not self.tx.knows_time:
+            self.tx.now_ms = probed.now_ms
+        self.ids = ids_in_order(self.tx.now_ms)
         self.dependencies = bool(probed.dependencies)
         self.steps = bool(probed.steps or probed.expired or probed.due or probed.runs)
         if probed.expired:
@@ -148,6 +134,12 @@ class _ClaimTransaction:
             self.changes.flush()
             places.read(self.tx, self.places)  # from now on a host is waited for
         return self.result
+
+    def _expected(self) -> Iterator[Read]:
+        """What this claim will most likely read first: behind an end, no duty is due."""
+        yield ready.probe(self.tx.dialect), {}
+        for found in ready.reads(**self._asked(self._most(self.request.limit), steps=True)):
+            yield from found
 
     def _release_delayed(self) -> None:
         if self.changes.isolating:
@@ -194,7 +186,7 @@ class _ClaimTransaction:
 
     def _round(self, missing: int) -> bool:
         """Claim from the next candidates; False when no others are behind them."""
-        limit = max(missing, min(self.bad_rows, AT_ONCE), BAD_ROWS if self.changes.isolating else 0)
+        limit = self._most(missing)
         read = self._candidates(limit)
         candidates = self.changes.kept(read, Candidate.ticket_id)
         if not candidates:
@@ -224,22 +216,28 @@ class _ClaimTransaction:
         most = max(len(tickets), len(read) - len(tickets))
         return pending_runs or self.request.ticket_id is not None or most >= limit
 
+    def _most(self, missing: int) -> int:
+        return max(missing, min(self.bad_rows, AT_ONCE), BAD_ROWS if self.changes.isolating else 0)
+
+    def _which(self) -> dict[str, Any]:
+        since = iso(self.tx.now_ms - round(self.request.host_timeout_seconds * 1000))
+        which = {"idle": self._idle, "drain": self.request.drain, "host": self.request.host}
+        return which | {"patient_since": self._patient_since, "silent_since": since}
+
+    def _asked(self, limit: int, *, steps: bool) -> dict[str, Any]:
+        """Of `ready.first`. In isolation it looks behind those that it skips."""
+        pace, marks = None if self.changes.isolating else self.claimer.pace, self.places.here + self.places.given_up
+        which, but = self._which(), self.left_out
+        return {"which": which, "limit": limit, "steps": steps, "pace": pace, "but": but, "marks": marks}
+
     def _candidates(self, limit: int) -> list[Candidate]:
         """Tickets, and steps of runs that have begun; suspects only if they can run, or no longer wait patiently."""
-        one, host = self.request.ticket_id, self.request.host
-        which = {"idle": self._idle, "drain": self.request.drain, "host": host}
-        since = iso(self.tx.now_ms - round(self.request.host_timeout_seconds * 1000))
-        which |= {"patient_since": self._patient_since, "silent_since": since}
-        if one is not None:
-            steps = self.tx.all(ready.READY_STEP, id=one, limit=limit, **which) if self.steps else []
+        if (one := self.request.ticket_id) is not None:
+            steps = self.tx.all(ready.READY_STEP, id=one, limit=limit, **self._which()) if self.steps else []
             found = [Candidate(row, is_step=False) for row in self.tx.all(ready.READY_TICKET, id=one)]
             return sorted([*found, *(Candidate(row, is_step=True) for row in steps)], key=Candidate.turn)
-        # In isolation it looks behind those that it skips.
         self.left_out = tuple(self.aside)
-        pace, marks = None if self.changes.isolating else self.claimer.pace, self.places.here + self.places.given_up
-        found, self.cut = ready.first(
-            self.tx, which, limit=limit, steps=self.steps, pace=pace, but=self.left_out, marks=marks
-        )
+        found, self.cut = ready.first(self.tx, **self._asked(limit, steps=self.steps))
         return found
 
     @property
@@ -295,7 +293,7 @@ class _ClaimTransaction:
         self.changes.pending_runs.setdefault(row.run_id, []).append(row.step_id.removeprefix(row.path))
 
     def _start(self, works: Sequence[tuple[Candidate, Work]], missing: int) -> None:
-        agents = self.claimer.agents.load(self.tx, {work.agent_id for _, work in works if work.agent_id})
+        agents = self.claimer.workflows.agents.load(self.tx, {work.agent_id for _, work in works if work.agent_id})
         for candidate, work in self.changes.each(works, lambda one: one[0].ticket_id()):
             try:
                 if not work.agent_id and not candidate.is_step:

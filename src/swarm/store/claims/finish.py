@@ -28,7 +28,6 @@ from swarm.model import (
     Succeeded,
 )
 from swarm.store.claims import suspects
-from swarm.store.registry.agents import Agents
 from swarm.store.runs import artifacts, packing
 from swarm.store.runs.packing import Packed
 from swarm.store.runs.workflow_engine import WorkflowEngine, refresh_waiting
@@ -110,14 +109,11 @@ def _lost(attempt_id: str, row: Row | None, *, just_ended: bool = False) -> Leas
 class Finisher:
     """Ends attempts, renews their leases and records their VMs, on the writing thread.
 
-    Keeps the parsed agents, for their retry policies.
-
     ``over_budget``: the policy for when neither the ticket nor its agent names one.
     """
 
     def __init__(self, workflows: WorkflowEngine, over_budget: BudgetPolicy, isolation: Isolation) -> None:
         self._isolation = isolation
-        self._agents = Agents()
         self._workflows = workflows
         self._over_budget = over_budget
 
@@ -126,7 +122,7 @@ class Finisher:
         failed = {
             rows[r.attempt_id].agent_id for r in requests if isinstance(r.outcome, Failed) and r.attempt_id in rows
         }
-        agents = self._agents.load(tx, filter(None, failed))
+        agents = self._workflows.agents.load(tx, filter(None, failed))
         with self._isolation.of(tx) as changes:
             return self._finish_all(changes, requests, rows, agents)
 

@@ -13,10 +13,13 @@ from swarm.store.claims import kept, suspects
 from swarm.store.claims.maintenance import has_clean_id
 from swarm.store.claims.pace import LARGE, Pace
 from swarm.store.sql.bounded import texts, too_long
-from swarm.store.sql.conditions import IS_HERE
-from swarm.store.sql.dialect import Sql
+from swarm.store.sql.conditions import IS_HERE, RUN_DUE, STEP_WAITING, UNKNOWN_STATE
+from swarm.store.sql.database import REVISION
+from swarm.store.sql.dialect import Dialect, Sql
+from swarm.store.sql.reads import filled
 from swarm.store.sql.rows import LONG, TICKET_FIELDS
-from swarm.store.sql.transaction import Row, Tx, filled
+from swarm.store.sql.transaction import Row, Tx
+from swarm.store.tickets import places
 from swarm.store.tickets.validation import LIMITS, REFUSED
 
 # Rows with more text than this are enough for one transaction: it writes each as a whole, and all others wait.
@@ -78,6 +81,23 @@ def _statements(but: int, late: int = 0) -> tuple[Sql, Sql]:
 READY_TICKETS, READY_STEPS = _statements(0)
 
 
+@cache
+def probe(dialect: Dialect) -> Sql:
+    """One statement for the time and for which of the rarer duties are due, each by one index lookup."""
+    return Sql(f"""
+        SELECT now_ms, {dialect.written_by_others} AS written_by_others, {REVISION} AS revision,
+          EXISTS (SELECT 1 FROM attempts WHERE outcome IS NULL AND lease_until <= now_ms) AS expired,
+          EXISTS (SELECT 1 FROM step_executions
+                  WHERE status = 'ready' AND available_at IS NOT NULL AND available_at <= now_ms) AS due,
+          EXISTS (SELECT 1 FROM step_executions WHERE status = 'ready' AND available_at IS NULL) AS steps,
+          EXISTS (SELECT 1 FROM workflow_runs WHERE {RUN_DUE} AND due_at <= now_ms)
+          OR EXISTS (SELECT 1 FROM step_executions WHERE {STEP_WAITING} AND available_at <= now_ms) AS runs,
+          EXISTS (SELECT 1 FROM tickets WHERE {UNKNOWN_STATE}) AS unknown_states,
+          {places.MARKED} OR EXISTS (SELECT 1 FROM unmet) AS marked,
+          EXISTS (SELECT 1 FROM ticket_dependencies) AS dependencies
+        FROM (SELECT {dialect.now_ms} AS now_ms) AS moment""")
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A row that may be claimed: a ready ticket, or a ready step of a run that has begun."""
@@ -101,6 +121,19 @@ class Candidate:
         return (-priority if isinstance(priority, int | float) else float("-inf"), str(self.row.created_at))
 
 
+def reads(
+    which: Mapping[str, Any], *, limit: int, steps: bool, pace: Pace | None, but: Sequence[str], marks: Sequence[str]
+) -> tuple[list[tuple[Sql, dict[str, Any]]], list[tuple[Sql, dict[str, Any]]]]:
+    """What `first` reads: of tickets, and of steps."""
+    left_out = {f"but_{number}": kind for number, kind in enumerate(but)}
+    late = filled("late", pace.left_out() if pace is not None else ())
+    tickets, of_runs = _statements(len(but), len(late))
+    return (
+        [(tickets, {"limit": limit, "mark": mark, **left_out, **late}) for mark in ("", *marks)],
+        [(of_runs, {"limit": limit, "mark": mark, **left_out, **which}) for mark in ("", *marks) if steps],
+    )
+
+
 def first(
     tx: Tx,
     which: Mapping[str, Any],
@@ -115,20 +148,16 @@ def first(
     ``which``: values for READY_STEPS. ``pace``: None for all up to the limit, however long. ``but``: not of these
     kinds. ``marks``: those that wait for what this host has (`places`)."""
     most = None if pace is None else MOST_CHARS
-    left_out = {f"but_{number}": kind for number, kind in enumerate(but)}
-    late = filled("late", pace.left_out() if pace is not None else ())
-    tickets, of_runs = _statements(len(but), len(late))
+    of_tickets, of_steps = reads(which, limit=limit, steps=steps, pace=pace, but=but, marks=marks)
     found, cut = list[Candidate](), list[Candidate]()
-    of_tickets = [{"limit": limit, "mark": mark, **left_out, **late} for mark in ("", *marks)]
-    of_steps = [{"limit": limit, "mark": mark, **left_out, **which} for mark in ("", *marks) if steps]
-    tx.ahead([*((tickets, values) for values in of_tickets), *((of_runs, values) for values in of_steps)])
-    for values in of_tickets:
-        rows, more = tx.some(tickets, most, **values)
+    tx.ahead([*of_tickets, *of_steps])
+    for statement, values in of_tickets:
+        rows, more = tx.some(statement, most, **values)
         some, last = _whole(tx, rows, limit, pace)
         found += some
         cut += [last] if last is not None else some[-1:] if more else []
-    for values in of_steps:
-        rows, more = tx.some(of_runs, most, **values)
+    for statement, values in of_steps:
+        rows, more = tx.some(statement, most, **values)
         some = [Candidate(row, is_step=True) for row in rows]
         found += some
         cut += some[-1:] if more else []

@@ -103,17 +103,27 @@ _TICKETS_THAT_NEED: Final = Sql(  # or may need it: those that name another vers
 )
 
 
+def by_version(pinned: str) -> tuple[Sql, dict[str, Any]]:
+    """What reads a ``name@version``."""
+    name, _, version = pinned.partition("@")
+    return _BY_VERSION, {"name": name, "version": version}
+
+
 class Agents:
-    """Agents by id; each is parsed again only when its row changes. For one thread only."""
+    """Agents by id; each is parsed again only when its row changes. For one thread only, and for transactions that
+    change no agents."""
 
     def __init__(self) -> None:
         self._parsed: dict[str, tuple[Row, Agent | StoreError]] = {}
+        self._tx: Tx | None = None
+        self._rows = dict[str, Row]()  # that this transaction has read
 
     def load(self, tx: Tx, ids: Iterable[str]) -> dict[str, Agent | StoreError]:
         """The agents that exist; a StoreError in place of one with a broken row. What is no id is a name, with or
         without a version."""
-        wanted = set(ids)
-        found = {row.id: self._parse(row) for row in tx.all_in(BY_IDS, wanted)}
+        wanted, rows = set(ids), self._read_in(tx)
+        rows |= {row.id: row for row in tx.all_in(BY_IDS, wanted - rows.keys())}
+        found = {id: self._parse(rows[id]) for id in wanted if id in rows}
         for ref in wanted - found.keys():
             if (row := _named(tx, ref)) is not None:
                 found[ref] = self._parse(row)
@@ -121,9 +131,16 @@ class Agents:
 
     def named(self, tx: Tx, pinned: str) -> Agent | StoreError | None:
         """By ``name@version``, with the full version."""
-        name, _, version = pinned.partition("@")
-        row = tx.first(_BY_VERSION, name=name, version=version)
-        return self._parse(row) if row is not None else None
+        statement, values = by_version(pinned)
+        if (row := tx.first(statement, **values)) is None:
+            return None
+        self._read_in(tx)[row.id] = row
+        return self._parse(row)
+
+    def _read_in(self, tx: Tx) -> dict[str, Row]:
+        if tx is not self._tx:
+            self._tx, self._rows = tx, {}
+        return self._rows
 
     def _parse(self, row: Row) -> Agent | StoreError:
         known = self._parsed.get(row.id)

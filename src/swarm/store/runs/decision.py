@@ -13,9 +13,11 @@ from swarm.cel.evaluate import Evaluator
 from swarm.cel.expression import Expression, ExpressionError
 from swarm.errors import NotFound, StoreError
 from swarm.model import RunStatus
+from swarm.store.registry.agents import by_version
 from swarm.store.runs import artifacts, packing
-from swarm.store.runs.definitions import Definition, Definitions, TooExpensive
+from swarm.store.runs.definitions import NAMED, Definition, Definitions, Known, TooExpensive, names
 from swarm.store.sql.dialect import Sql
+from swarm.store.sql.reads import Read, among
 from swarm.store.sql.rows import dump, lenient, milliseconds
 from swarm.store.sql.transaction import Row, Tx
 from swarm.workflow import plan, structure
@@ -39,6 +41,7 @@ from swarm.workflow.structure import Graph
 _TRANSACTION_BYTES: Final = 64 << 10
 _TRANSACTION_STEPS: Final = 1000
 _TRANSACTION_EXPRESSIONS: Final = 500
+_EXPECTED: Final = 64  # steps, and agents, that are read before it is certain that they are needed
 
 TIME_IS_UP: Final = "!deadline"  # in a run's `unprocessed`, beside keys of steps, none of which can have this name
 ON_ERROR_MS: Final = 600_000  # for all on_error steps together, once the run's own time is over
@@ -116,6 +119,28 @@ def load_live(tx: Tx, id: str) -> Run | None:
         progress=RunProgress(**json.loads(row.progress)) if row.progress is not None else None,
         unprocessed=json.loads(row.unprocessed) if row.unprocessed is not None else None,
     )
+
+
+def expected(definitions: Definitions, run_id: str, keys: Sequence[str]) -> Iterator[Read]:
+    """What a decision on a run after these steps will most likely read, and what will be read of the agents that it
+    starts."""
+    if (known := definitions.known.get(run_id)) is None:
+        return
+    graph = known.definition.graph
+    yield _LOCKED_RUN, {"id": run_id}
+    if known.ticket_id is not None:
+        yield among(NAMED, names(known.agents))
+        yield _TICKET_INPUTS, {"id": known.ticket_id}
+        yield ALL_STEPS, {"run_id": run_id}
+        starts = [one for one, step in graph.steps.items() if not step.needs]
+    else:
+        touched = dict.fromkeys(_touched_by(graph, keys))
+        if 0 < len(touched) <= _EXPECTED:
+            yield among(STEPS, [f"{known.path}{key}" for key in touched], run_id=run_id)
+        starts = [one for key in keys for one in graph.dependants.get(key, ())]
+    for agent in dict.fromkeys(graph.steps[one].agent for one in starts[:_EXPECTED]):
+        if agent is not None:
+            yield by_version(agent)
 
 
 class Steps(Mapping[str, StepState]):
@@ -229,6 +254,7 @@ def _decide(
         decision = _resolve_outputs(decision, in_transaction=in_transaction)
     if not in_transaction:
         decision = packed(decision, root=run.row.parent_step_id is None)
+    definitions.known.put(run.id, Known(definition=definition, path=run.row.path))
     return replace(
         basis,
         seen={key: row.status for key, row in steps.rows.items() if row is not None},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Generic, TypeVar
@@ -55,6 +55,16 @@ class _Pinned:
     definition: Definition
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What is known of a run without reading it. ``ticket_id``, ``agents`` (references): it has just been begun."""
+
+    definition: Definition
+    path: str = ""
+    ticket_id: str | None = None
+    agents: Collection[str] = ()
+
+
 class _Cache(Generic[T]):
     """Keeps the newest values. Safe for several threads."""
 
@@ -81,6 +91,11 @@ class Definitions:
         self._frozen: _Cache[Definition] = _Cache()  # by digest
         self._pinned: _Cache[_Pinned] = _Cache()  # by the workflow's id
         self.contexts: _Cache[RunContext] = _Cache()  # by run
+        self.known: _Cache[Known] = _Cache()  # by run
+
+    def begun(self, run_id: str, workflow_id: str, ticket_id: str) -> None:
+        if (found := self._pinned.get(workflow_id)) is not None:
+            self.known.put(run_id, Known(definition=found.definition, ticket_id=ticket_id, agents=tuple(found.agents)))
 
     def frozen(self, tx: Tx, digest: str, *, in_transaction: bool) -> Definition:
         """Raises StoreError if it is gone, or this version of Swarm can't read it."""
@@ -158,9 +173,13 @@ def _version(tx: Tx, reference: str) -> str:
     return f"{agent.name}@{agent.version}"
 
 
+def names(references: Collection[str]) -> Sequence[str]:
+    return sorted({one.partition("@")[0] for one in references})
+
+
 def _still_pinned(tx: Tx, agents: Mapping[str, str]) -> bool:
     """Do these references (to their name@version) still mean the same versions?"""
-    rows = tx.all_in(NAMED, {reference.partition("@")[0] for reference in agents})
+    rows = tx.all_in(NAMED, names(agents))
     for reference, pinned in agents.items():
         found = versions.pick(reference, rows)
         if found is None or f"{found.name}@{found.version}" != pinned:

@@ -85,7 +85,7 @@ class WorkflowEngine:
         self.isolation = isolation
         self._planning_seconds = planning_seconds
         self.definitions = Definitions()
-        self._agents = Agents()
+        self.agents = Agents()
         self.jail = Jail()
 
     def close(self) -> None:
@@ -110,6 +110,7 @@ class WorkflowEngine:
         if row.execution_mode != ExecutionMode.WORKFLOW:
             changes.add(_SET_MODE, id=row.id)
         changes.pending_runs[id_] = []
+        self.definitions.begun(id_, workflow.id, row.id)
         return id_
 
     def advance_workflows(self, changes: Changes, *, take_up: bool = False) -> list[str]:
@@ -120,6 +121,7 @@ class WorkflowEngine:
             changes.flush()
             run_id = next(iter(changes.pending_runs))
             keys = changes.pending_runs.pop(run_id)
+            changes.tx.ahead(decision.expected(self.definitions, run_id, keys))
             for _ in changes.each([run_id], changes.owner):
                 self._advance(changes, run_id, keys, deferred, began, take_up=take_up)
         changes.flush()
@@ -202,7 +204,7 @@ class WorkflowEngine:
             return True
         if decided.decision is not None and not all(isinstance(one, _ALONE) for one in decided.decision.actions):
             changes.tx.exact()
-        if not carry_out(changes, run, decided, self._agents):
+        if not carry_out(changes, run, decided, self.agents):
             return False
         asked = decided.decision is not None and any(isinstance(one, Ask) for one in decided.decision.actions)
         if asked or run.row.state == TicketState.WAITING:

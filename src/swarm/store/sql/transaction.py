@@ -18,10 +18,9 @@ from swarm.base.realtime import ahead_of_others
 from swarm.errors import StoreError
 from swarm.store.sql import files
 from swarm.store.sql.dialect import Dialect, Sql, explain
+from swarm.store.sql.reads import IN_CHUNK, Read, among
 from swarm.store.sql.rows import iso
 from swarm.store.sql.wake import Wake
-
-_IN_CHUNK: Final = 512  # values in one IN (…): far below the limit of every database
 
 Row: TypeAlias = Any  # a named tuple: attributes are the statement's columns, whatever another tool put into them
 
@@ -45,12 +44,6 @@ def untold(statement: Sql) -> Sql:
     return statement
 
 
-@cache
-def _in(statement: Sql, count: int) -> str:
-    """A statement with ``IN :ids``, for ``count`` values."""
-    return statement.replace(":ids", f"({', '.join(f':id_{n}' for n in range(count))})")
-
-
 def chars(row: Row) -> int:
     """Of all its columns."""
     return sum([len(value) for value in row if isinstance(value, str | bytes)])
@@ -64,13 +57,6 @@ def _table(statement: str) -> str | None:
     """Which it changes."""
     found = _TABLE.match(statement)
     return found[1] if found is not None else None
-
-
-def filled(name: str, values: Sequence[str]) -> dict[str, str]:
-    """Parameters for an ``IN``: as many as a power of two, by repeating the last value. So there are only a few
-    different statements to prepare."""
-    count = 1 << (len(values) - 1).bit_length() if values else 0
-    return {f"{name}_{number}": values[min(number, len(values) - 1)] for number in range(count)}
 
 
 @cache
@@ -157,6 +143,10 @@ class Tx:
         return iso(self.now_ms)
 
     @property
+    def knows_time(self) -> bool:
+        return "now_ms" in self.__dict__
+
+    @property
     def number(self) -> str:
         """By which `was_committed` knows it later. '': not needed, since every COMMIT has an answer."""
         return str(self.all(Sql(self.dialect.number))[0].number) if self.dialect.number is not None else ""
@@ -186,19 +176,24 @@ class Tx:
             self._once[key] = self.first(statement, **values)
         return self._once[key]
 
-    def ahead(self, reads: Sequence[tuple[Sql, Mapping[str, Any]]]) -> None:
-        """These will be read, unless something is written before: on one way to the server and back. Nothing, for a
-        database that is no server."""
-        if self.dialect.pipeline is None or len(reads) < 2:
+    def ahead(self, reads: Iterable[Read]) -> None:
+        """These will be read, unless something is written before: on one way to the server and back, together with the
+        changes so far. Nothing, for a database that is no server."""
+        if self.dialect.pipeline is None:
+            return
+        if self._unwritten:
+            self._ahead.clear()
+        new = {key: one for one in reads if (key := (one[0], tuple(one[1].items()))) not in self._ahead}
+        if len(new) < 2:
             return
         driver, cursors = self.connection.driver, dict[object, Any]()
 
         def ask() -> None:
-            for one, values in reads:
-                cursors[one, tuple(values.items())] = driver.execute(self._text(one), values)
+            for key, (one, values) in new.items():
+                cursors[key] = driver.execute(self._text(one), values)
 
         self._send(ask, several=True)
-        self._ahead = {key: _rows_of(cursor) for key, cursor in cursors.items()}
+        self._ahead |= {key: _rows_of(cursor) for key, cursor in cursors.items()}
 
     def some(self, statement: Sql, most_chars: int | None, **values: Any) -> tuple[list[Row], bool]:
         """The first rows, up to the one with which their texts are longer than that; and whether others may follow."""
@@ -289,7 +284,7 @@ class Tx:
         with pipeline(driver):
             if begin is not None:
                 driver.execute(begin, prepare=False)
-                if self._timed and "now_ms" not in self.__dict__:
+                if self._timed and not self.knows_time:
                     moment = driver.execute(self._text(_now_ms(self.dialect)))
             for text, values, prepare in found:
                 if prepare:
@@ -382,6 +377,8 @@ class Tx:
         and while the connection waits for another program's lock, wait for it with the GIL, so that all threads stand.
         """
         self._cursor.close()
+        self._ahead.clear()
+        self._once.clear()
         muted, self._muted = self._muted, []
         for wake in muted:
             wake.unmute()
@@ -389,9 +386,8 @@ class Tx:
     def all_in(self, statement: Sql, ids: Iterable[str], **others: Any) -> list[Row]:
         """Rows of a statement with ``IN :ids``, for any number of ids."""
         wanted, found = list(ids), []
-        for start in range(0, len(wanted), _IN_CHUNK):
-            values = filled("id", wanted[start : start + _IN_CHUNK])
-            found += self._rows(_in(statement, len(values)), values | others)
+        for start in range(0, len(wanted), IN_CHUNK):
+            found += self._rows(*among(statement, wanted[start : start + IN_CHUNK], **others))
         return found
 
     def stream(self, statement: Sql, **values: Any) -> Iterator[Row]:
