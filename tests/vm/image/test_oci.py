@@ -265,10 +265,17 @@ async def test_layers_that_umoci_cannot_read(tmp_path: Path, layout: Layout, imp
     ref = layout.add("x", [static()])
     await run(["skopeo", "copy", "--dest-decompress", ref, f"dir:{tmp_path}/plain"])
     assert (await imported.import_(f"dir:{tmp_path}/plain", name="plain"))[1]
-    with pytest.raises(
-        ImageError, match=r"zstd.*: run `skopeo copy --dest-decompress oci:.* dir:D`, then `swarm image"
-    ):
-        await imported.import_(layout.add("z", [layer(entry("other"))], compressed="zstd"))
+    ref = layout.add("z", [static(), layer(entry("other"))], Cmd=["busybox"], Env=["PATH=/bin"])
+    await run(["skopeo", "copy", "--dest-compress-format=zstd", ref, f"oci:{tmp_path}/zstd:z"])
+    (entry_,) = json.loads((tmp_path / "zstd/index.json").read_text())["manifests"]
+    described = (tmp_path / "zstd/blobs" / entry_["digest"].replace(":", "/")).read_text()
+    assert described.count("tar+zstd") == 2
+    name, is_new = await imported.import_(f"oci:{tmp_path}/zstd:z")
+    assert is_new and name.digest == entry_["digest"]
+    assert (await imported.layer(name.name)).root.entry == ("/bin/busybox",)  # type: ignore[union-attr]
+    assert not (await imported.import_(f"oci:{tmp_path}/zstd:z"))[1]
+    with pytest.raises(ImageError, match="can't be unpacked"):
+        await imported.import_(layout.add("lies", [layer(entry("third"))], compressed="zstd"))
 
 
 async def test_another_architecture(layout: Layout, imported: Imported) -> None:

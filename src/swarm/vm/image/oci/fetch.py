@@ -14,7 +14,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +29,7 @@ TAG: Final = "image"
 _MAX_JSON: Final = 4 << 20  # of a manifest or a config
 _SILENT_SECONDS: Final = 300.0  # after which a registry that sends nothing is given up
 _WATCH_SECONDS: Final = 0.5
+_CPU_SECONDS: Final = 3600  # of one copy: what is packed anew may be a bomb
 _ARCHITECTURES: Final = {"x86_64": "amd64", "aarch64": "arm64"}
 # Where skopeo looks for credentials besides ~/.docker/config.json.
 _VARIABLES: Final = ("REGISTRY_AUTH_FILE", "XDG_RUNTIME_DIR", "DOCKER_CONFIG", "DOCKER_HOST")
@@ -106,14 +107,37 @@ async def copy(
     reference: Reference, access: Access, *, pinned: str, layout: Path, blobs: Path, most: int,
     progress: Callable[[int], None],
 ) -> Fetched:  # fmt: skip
-    """Fetch it into ``layout``, and what is missing of its parts into ``blobs``; at most ``most`` bytes. ``progress``
-    gets the number of bytes. Raises ImageError, HostError."""
+    """Fetch it into ``layout``, and what is missing of its parts into ``blobs``; at most ``most`` bytes. Layers that
+    umoci can't read are packed anew. ``progress`` gets the number of bytes. Raises ImageError, HostError."""
     source = reference.at(pinned) if pinned else reference.source
+
+    async def into_layout(blobs: Path, *argv: str) -> Fetched:
+        await _copy(argv, reference, layout=layout, blobs=blobs, most=most, progress=progress)
+        image = await asyncio.to_thread(read_layout, layout, blobs, reference.name)
+        if image.size_bytes > most:
+            raise _too_large(reference, most)
+        return image
+
+    image = await into_layout(blobs, *access.options("src-"), source)
+    if not any(str(layer["mediaType"]).endswith("zstd") for layer in image.manifest["layers"]):
+        return image
+    arrived, packed = layout.rename(layout.with_name("arrived")), layout.with_name("packed")
+    as_gzip = ["--dest-compress-format=gzip", f"--src-shared-blob-dir={blobs}", f"oci:{arrived}:{TAG}"]
+    image = replace(await into_layout(packed, *as_gzip), digest=image.digest)
+    for blob in (packed / "sha256").iterdir():
+        blob.rename(blobs / "sha256" / blob.name)
+    return image
+
+
+async def _copy(
+    source: Sequence[str], reference: Reference, *, layout: Path, blobs: Path, most: int,
+    progress: Callable[[int], None],
+) -> None:  # fmt: skip
     log = layout.parent / "skopeo.log"
     argv = [
-        "prlimit", f"--fsize={most}", "--",
-        "skopeo", "copy", "--quiet", "--retry-times=2", "--remove-signatures", *access.options("src-"),
-        f"--dest-shared-blob-dir={blobs}", source, f"oci:{layout}:{TAG}",
+        "prlimit", f"--fsize={most}", f"--cpu={_CPU_SECONDS}", "--",
+        "skopeo", "copy", "--quiet", "--retry-times=2", "--remove-signatures",
+        f"--dest-shared-blob-dir={blobs}", *source, f"oci:{layout}:{TAG}",
     ]  # fmt: skip
     before = await asyncio.to_thread(_size, blobs)
     child = await process.spawn(argv, output=log, env={**_environment(), "TMPDIR": str(layout.parent)})
@@ -136,17 +160,13 @@ async def copy(
         await process.kill(child)
     if child.returncode:
         raise explain(log.read_text(errors="replace"), reference)
-    image = await asyncio.to_thread(read_layout, layout, blobs, reference.name, reference.source)
-    if image.size_bytes > most:
-        raise _too_large(reference, most)
-    return image
 
 
 def _too_large(reference: Reference, most: int) -> ImageError:
     return ImageError(f"can't fetch {reference.name}: it is larger than {most / 1e9:.3g} GB")
 
 
-def read_layout(layout: Path, blobs: Path, name: str, source: str) -> Fetched:
+def read_layout(layout: Path, blobs: Path, name: str) -> Fetched:
     """Raises ImageError."""
     try:
         (entry,) = json.loads((layout / "index.json").read_bytes())["manifests"]
@@ -156,11 +176,7 @@ def read_layout(layout: Path, blobs: Path, name: str, source: str) -> Fetched:
         for layer in manifest["layers"]:
             _digest(layer["digest"])
             int(layer["size"])
-            if str(layer["mediaType"]).endswith("zstd"):
-                raise ImageError(
-                    f"{name} has layers that are compressed by zstd, which umoci can't read: run `skopeo copy "
-                    f"--dest-decompress {source} dir:D`, then `swarm image import dir:D --name {name}`"
-                )
+            str(layer["mediaType"])
         config = json.loads(_blob(blobs, config_digest))
         if not isinstance(config, dict):
             raise TypeError("its config is no object")
