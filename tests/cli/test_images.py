@@ -98,9 +98,11 @@ def test_one_static_program(swarm: Swarm, env: dict[str, str], layout: Layout, p
     assert "has no Entrypoint and no Cmd: `entry` must say what runs" in swarm("agent", "add", source, status=2)
     said: dict[str, Any] = {
         "Entrypoint": ["busybox", "sh", "-c"],
-        "Cmd": ["busybox sed 's/1/2/' input.json > output.json"],
+        "Cmd": ["busybox sed 's/1/2/' $SWARM_WORK/input.json > $SWARM_WORK/output.json && busybox ls here"],
+        "WorkingDir": "/srv/app",
     }
-    swarm("image", "import", layout.add("tool", [static()], Env=["PATH=/bin"], **said), "--name", "tool:1")
+    layers = [static(), layer(folder("srv"), folder("srv/app"), entry("srv/app/here"))]
+    swarm("image", "import", layout.add("tool", layers, Env=["PATH=/bin"], **said), "--name", "tool:1")
     swarm("agent", "add", source)
     assert ticket(swarm, env, "static") == ({"x": 2}, "")
     assert "static@1.0.0" in swarm("image", "list") and "/bin/busybox sh -c" in swarm("image", "show", "tool:1")

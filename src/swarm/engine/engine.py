@@ -277,9 +277,11 @@ class Engine:
         self, claim: Claim, live: LiveVm, tail: _OutputTail, env: Mapping[str, str], timeline: Timeline
     ) -> Exit:
         agent, root = claim.agent, live.spec.layer.root if live.spec.layer else None
+        argv, cwd = guest_program(agent, root)
         try:
             return await live.channel.run(
-                guest_argv(agent, root),
+                argv,
+                cwd=cwd,
                 env={"TRACEPARENT": _traceparent(claim), **agent.env, **env},
                 warm=agent.runtime == "python" and root is None,
                 timeout_seconds=claim.timeout_seconds,
@@ -360,14 +362,14 @@ def check_exit(ended: Exit) -> None:
     raise BadExit(f"the agent {how}", exit_code=ended.code, reason=FailureReason.AGENT_FAILED)
 
 
-def guest_argv(agent: Agent, root: Root | None) -> list[str]:
-    """Argv in the guest: a relative program is a file of the agent. In an image's root it is run by the image's own
-    Python, and without an entry it is the image's program."""
+def guest_program(agent: Agent, root: Root | None) -> tuple[list[str], str]:
+    """Argv and directory in the guest: a relative program is a file of the agent. In an image's root it is run by the
+    image's own Python, and without an entry it is the image's program, in the image's directory if it names one."""
     if root and not agent.entry:
-        return list(root.entry)
+        return list(root.entry), root.cwd if root.cwd != "/" else WORK_DIR
     program, *arguments = agent.entry
     interpreter = [root.python] if root and agent.runtime == "python" else []
-    return [*interpreter, program if program.startswith("/") else f"{AGENT_DIR}/{program}", *arguments]
+    return [*interpreter, program if program.startswith("/") else f"{AGENT_DIR}/{program}", *arguments], WORK_DIR
 
 
 def _raise_if_exhausted(error: Exception) -> None:
