@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import socket
 import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -24,17 +25,20 @@ from swarm.app import doctor_wiring, sharing, wiring
 from swarm.base import host
 from swarm.base.files import is_full, make_directory, sha256_of
 from swarm.config import Settings
-from swarm.errors import LayerMissing
+from swarm.errors import ImageError, LayerMissing, NotFound
 from swarm.model import Agent
 from swarm.store.hosts import Machine
 from swarm.store.store import Store
 from swarm.vm.driver import Image, Layer
-from swarm.vm.image import staging
+from swarm.vm.image import elsewhere, staging
 from swarm.vm.image.elsewhere import LAYER, PREFIX, token
 from swarm.vm.image.layer import Layers, _shape
 from swarm.vm.image.layer_build import Installed
+from swarm.vm.image.oci import others
+from swarm.vm.image.oci.reference import known_as
 from tests.engine.test_faults import small_disk
 from tests.store.databases import Outside, database_of_hosts
+from tests.vm.image.oci_images import Layout, entry, layer
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("root", "netns")]
 
@@ -561,3 +565,67 @@ async def test_a_host_that_is_removed_has_no_files(both: Hosts) -> None:
         assert len(both.names()) == 1
         await store.remove_host("first", by="p", force=True)
         assert both.names() == []
+
+
+# --- imported images --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs("oci")
+async def test_an_imported_image_comes_from_the_host_that_has_it(both: Hosts, tmp_path: Path) -> None:
+    """Under each of its names, and by its digests; a name stays what it became here."""
+    layout, ours = Layout(tmp_path / "layout"), wiring.imported(both.first)
+    ref = layout.add("x", [layer(entry("a", b"one"))], Env=["A=1"], Entrypoint=["/a"], User="7", WorkingDir="/srv")
+    for name in ("tool:1", "team/tool", "at-home:5000/tool@sha256:" + "5" * 64):
+        await ours.import_(ref, name=name)
+    (info,) = ours.list()
+    async with both.sharing(), both.store(both.second) as second:
+        await until(lambda: len(both.names()) == 5)
+        for image in ("tool:1", "docker://team/tool", "at-home:5000/tool@sha256:" + "5" * 64, info.digest,
+                      info.config_digest):  # fmt: skip
+            shutil.rmtree(both.second.images, ignore_errors=True)
+            theirs = wiring.imported(both.second, second)
+            found = await theirs.layer(image)
+            assert found == replace(await ours.layer(image), path=found.path)
+            assert found.path.read_bytes() == (await ours.layer(image)).path.read_bytes()
+            assert [one.name for one in theirs.list()[0].names] == (
+                [] if image.startswith("sha256:") else [known_as(image)]
+            )
+            assert theirs.damage(theirs.list()[0]) == ""
+        shutil.rmtree(both.second.images)
+        for image in ("tool:2", info.digest[:30], "sha256:" + "0" * 64):
+            with pytest.raises(NotFound, match=r"is not on this host: `swarm image import [^;]*$"):
+                await theirs.layer(image)
+
+        await theirs.layer("tool:1")
+        assert (await ours.import_(layout.add("x", [layer(entry("b"))]), name="tool:1"))[1]
+        assert (await theirs.layer("tool:1")).digest == found.digest
+        # What was damaged here is fetched again.
+        (file,) = both.second.images.glob("oci/*/root.erofs")
+        file.chmod(0o644)
+        file.write_bytes(b"torn")
+        await until(lambda: len(both.names()) == 7)
+        assert (await theirs.layer("team/tool")).digest == found.digest
+
+
+@pytest.mark.needs("oci")
+async def test_an_imported_image_that_can_not_be_fetched(hosts: Hosts, tmp_path: Path) -> None:
+    layout, ours = Layout(tmp_path / "layout"), wiring.imported(hosts.first)
+    await ours.import_(layout.add("x", [layer(entry("a", os.urandom(3 << 20)))]), name="tool:1")
+    (file,) = hosts.first.images.glob("oci/*/image.json")
+    async with hosts.sharing(), hosts.store(hosts.second) as second:
+        await until(lambda: len(hosts.names()) == 3)
+        theirs = wiring.imported(hosts.second, second)
+        hosts.at(f"127.0.0.1:{free_port()}")
+        with pytest.raises(NotFound, match=r"image import tool:1.*and it can't be fetched: from the host 'first'"):
+            await theirs.layer("tool:1")
+        async with Relay(hosts.port, flip=1 << 20).listening() as address:
+            hosts.at(address)
+            with pytest.raises(NotFound, match="it sent other bytes than were announced"):
+                await theirs.layer("tool:1")
+        hosts.at(hosts.first.share_address)
+        assert list(hosts.second.images.glob("oci/*/root.erofs")) == []
+        found = await asyncio.gather(*(theirs.layer("tool:1") for _ in range(3)))
+        assert len({one.digest for one in found}) == 1
+    for told in (b"{}", b"[]", file.read_bytes().replace(b'"config_digest": "sha256:', b'"config_digest": "sha256:0')):
+        with pytest.raises(ImageError, match=r"its manifest can't be read|another version"):
+            elsewhere.read(told, f"{file.parent.name}.0", others.parts)

@@ -19,6 +19,7 @@ from swarm.vm.driver import Image
 from tests.admin.test_fetching import free_port, until
 from tests.engine.conftest import Bench, engine_process, log_until
 from tests.store.databases import SqliteOutside, insert
+from tests.vm.image.oci_images import Layout, static
 from tests.vm.packages_here import wheel, wheels_from
 
 USES = "import marked, json; json.dump({'word': marked.WORD}, open('output.json', 'w'))"
@@ -30,7 +31,7 @@ def host(settings: Settings, place: Path, number: int, url: str) -> Settings:
     return config.load(**{**settings.model_dump(), **own, "database_url": url})
 
 
-@pytest.mark.needs("qemu")
+@pytest.mark.needs("qemu", "oci")
 async def test_a_ticket_gets_its_image_and_its_layer(settings: Settings, image: Image, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/1/data/swarm.db"
     first = host(settings, tmp_path, 1, url).model_copy(update={"share_address": f"127.0.0.1:{free_port()}"})
@@ -47,8 +48,14 @@ async def test_a_ticket_gets_its_image_and_its_layer(settings: Settings, image: 
     wheel(tmp_path / "wheels", "marked", files={"marked.py": "WORD = 'hello'\n"})
     outside = SqliteOutside(url)
 
-    async def ran(id: str, store: Store) -> str:
-        insert(outside, id, agent_id="far")
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / agents.MANIFEST).write_text('{"name": "own", "version": "1.0.0", "image": "tool:1", "memory_mb": 192}')
+    says = ["/bin/busybox", "sh", "-c", """echo '{"word": "mine"}' > output.json"""]
+    tool = Layout(tmp_path / "layout").add("tool", [static()], Entrypoint=says)
+
+    async def ran(id: str, store: Store, *, agent: str = "far") -> str:
+        insert(outside, id, agent_id=agent)
         async with wiring.worker(second, store) as worker:
             ticket = await run_ticket(store, worker, id)
         assert ticket.outputs is not None, ticket.error
@@ -59,6 +66,8 @@ async def test_a_ticket_gets_its_image_and_its_layer(settings: Settings, image: 
         with wheels_from(tmp_path / "wheels"):
             built = await wiring.guest_layers(first).build(agent, await wiring.images(first).find())
         assert built is not None
+        await wiring.imported(first).import_(tool, name="tool:1")
+        await packages.add_agent(one, own, first.agents)
         for store, name in ((one, "first"), (two, "second")):
             await store.register_host(
                 Machine(id=name, name=name, machine_id=name, boot_id="b", labels={}, capacity={}, versions={})
@@ -67,6 +76,8 @@ async def test_a_ticket_gets_its_image_and_its_layer(settings: Settings, image: 
         async with sharing.sharing(first, one):
             await until(lambda: outside.execute("SELECT 1 FROM host_files WHERE kind = 'layer'") != [])
             assert await ran("fetched", two) == "hello"
+            await until(lambda: outside.execute("SELECT 1 FROM host_files WHERE made_of = 'tool:1'") != [])
+            assert await ran("imported", two, agent="own") == "mine"
         (layer,) = wiring.guest_layers(second).list()
         assert layer.digest == built.digest
         assert [found.digest for found in wiring.images(second).list()] == [image.digest]

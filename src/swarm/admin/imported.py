@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from swarm.errors import StoreError
 from swarm.store.store import Store
+from swarm.vm.image.oci.info import ImportedInfo, Name
 from swarm.vm.image.oci.reference import known_as
-from swarm.vm.image.oci.store import Imported, ImportedInfo, Name
+from swarm.vm.image.oci.store import Imported
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -97,6 +97,7 @@ class _Sharing:
     def __init__(self, settings: Settings, store: Store, key_seconds: float) -> None:
         self._settings, self._store, self._key_seconds = settings, store, key_seconds
         self._images, self._layers = wiring.images(settings), wiring.guest_layers(settings)
+        self._imported = wiring.imported(settings)
         self._told: Mapping[str, tuple[int, ...]] = {}  # digest -> inode
         self._keys: list[str] = []
         self._key_from = 0.0
@@ -136,13 +137,15 @@ class _Sharing:
     def _stamp(self) -> object:
         """Changes when an image or layer is added or removed."""
         found = []
-        for place in (self._images.dir, self._layers.dir):
+        for place in (self._images.dir, self._layers.dir, self._imported.dir):
             with contextlib.suppress(OSError):
                 found.append(place.stat().st_mtime_ns)
         return found
 
     async def _tell(self, to: socket.socket, *, new_key: bool) -> None:
-        here = await asyncio.to_thread(lambda: [*self._images.shared(), *self._layers.shared()])
+        here = await asyncio.to_thread(
+            lambda: [*self._images.shared(), *self._layers.shared(), *self._imported.shared()]
+        )
         here = here[:_MOST]
         keys = [secrets.token_hex(32), *self._keys][:3] if new_key else self._keys
         await asyncio.to_thread(self._hand_over, to, keys, here)

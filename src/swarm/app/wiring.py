@@ -67,15 +67,15 @@ def images(settings: Settings, others: Store | None = None) -> Images:
 
     return Images(
         dir=settings.images, cache=_cache() / "base", default=settings.image, others=_elsewhere(others),
-        imported=imported(settings),
+        imported=imported(settings, others),
     )  # fmt: skip
 
 
-def imported(settings: Settings) -> Imported:
+def imported(settings: Settings, others: Store | None = None) -> Imported:
     """OCI images: what agents that name one see as their root."""
     from swarm.vm.image.oci.store import Imported
 
-    return Imported(dir=settings.images / "oci")
+    return Imported(dir=settings.images / "oci", others=_elsewhere(others))
 
 
 def image_source(settings: Settings, others: Store | None = None) -> Images | NoImages:
@@ -94,7 +94,7 @@ def layers(settings: Settings, others: Store | None = None) -> Layers | HostLaye
 def guest_layers(settings: Settings, others: Store | None = None) -> Layers:
     from swarm.vm.image.layer import Layers
 
-    return Layers(dir=settings.layers, others=_elsewhere(others), imported=imported(settings))
+    return Layers(dir=settings.layers, others=_elsewhere(others), imported=imported(settings, others))
 
 
 def _elsewhere(others: Store | None) -> OtherHosts | None:

@@ -471,7 +471,7 @@ host_files = sa.Table(
     "host_files",
     metadata,
     sa.Column("host", TEXT, primary_key=True, nullable=False),  # its name
-    sa.Column("kind", TEXT, primary_key=True, nullable=False),  # 'image' or 'layer'
+    sa.Column("kind", TEXT, primary_key=True, nullable=False),  # as elsewhere.py has them
     sa.Column("name", TEXT, primary_key=True, nullable=False),
     _text("made_of", null=False),
     _text("digest", null=False),  # of its manifest

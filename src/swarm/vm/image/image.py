@@ -40,7 +40,7 @@ from swarm.vm.image import build, elsewhere, staging
 from swarm.vm.image.base import build_base
 from swarm.vm.image.build import Recipe
 from swarm.vm.image.elsewhere import IMAGE, Elsewhere, Fetched, Shared
-from swarm.vm.image.oci.store import Imported, missing
+from swarm.vm.image.oci.store import Imported
 
 log = logger(__name__)
 
@@ -140,7 +140,7 @@ class Images:
         """
         if names_imported(ref) and self._imported and ref:
             if not self._imported.knows(ref):
-                raise NotFound(missing(ref))
+                await self._imported.layer(ref)  # of another host
             ref = None
         ref = ref or self._default or None
         if ref is None:

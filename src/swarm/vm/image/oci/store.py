@@ -18,11 +18,13 @@ looks here; it fetches nothing.
 from __future__ import annotations
 
 import asyncio
+import builtins
+import contextlib
 import json
 import shutil
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,17 +35,17 @@ from swarm.base.log import logger
 from swarm.base.progress import Progress, silent
 from swarm.errors import ImageError, NotFound
 from swarm.vm.driver import Layer, Root
-from swarm.vm.image import staging
+from swarm.vm.image import elsewhere, staging
 from swarm.vm.image.build import require_root
-from swarm.vm.image.oci import config, fetch, unpack
+from swarm.vm.image.elsewhere import Elsewhere, Shared
+from swarm.vm.image.oci import config, fetch, others, unpack
 from swarm.vm.image.oci.fetch import Access, Fetched
+from swarm.vm.image.oci.info import ImportedInfo, Name, key_of, stored_root
 from swarm.vm.image.oci.reference import Reference, known_as, parse
 from swarm.vm.image.oci.unpack import FILE, Limits
 
 log = logger(__name__)
 
-# Raise it when the code below makes a different file of the same image.
-BUILDER_VERSION: Final = 1
 _MANIFEST: Final = "image.json"
 _NAMES: Final = "names.json"
 _BLOBS: Final = ".blobs"
@@ -51,41 +53,12 @@ _LEAST_DIGEST: Final = 12  # of the hexadecimal digits of a digest that an agent
 SETTING: Final = "SWARM_IMAGES_DIR"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Name:
-    """What a name means on this host. ``digest``: what its registry had under it (of a manifest, or an index), or of
-    the manifest in a file. ``source`` and ``access``: where it came from, as skopeo calls it."""
-
-    name: str
-    key: str
-    digest: str
-    source: str
-    imported_at: str  # ISO-8601 UTC
-    access: Access = field(default_factory=Access)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImportedInfo:
-    """One imported image, from its manifest; its file has not been hashed. ``fetched_bytes``: its layers as they were
-    fetched, some of which other images may share."""
-
-    key: str
-    digest: str
-    config_digest: str
-    names: tuple[Name, ...]
-    layers: int
-    size_bytes: int
-    fetched_bytes: int
-    made_at: str
-    root: Root
-    blobs: tuple[str, ...]
-
-
 class Imported:
-    """The imported images in ``dir``."""
+    """The imported images in ``dir``. ``others``: what other hosts have."""
 
-    def __init__(self, *, dir: Path, limits: Limits | None = None) -> None:
+    def __init__(self, *, dir: Path, limits: Limits | None = None, others: Elsewhere | None = None) -> None:
         self.dir = dir
+        self._others = others
         self._blobs = dir / _BLOBS
         self._limits = limits or Limits()
 
@@ -94,7 +67,17 @@ class Imported:
         return self._key_of(image) is not None
 
     async def layer(self, image: str) -> Layer:
-        """The root that agents with that `image` see, verified. Raises NotFound, ImageError; both say how to get it."""
+        """The root that agents with that `image` see, verified. One that another host has is fetched, and has its name
+        here from then on. Raises NotFound, ImageError; both say how to get it."""
+        try:
+            return await self._find(image)
+        except (NotFound, ImageError) as error:
+            found = await self._fetch_elsewhere(image)
+            if not found.name:
+                raise type(error)(f"{error}; {found.why}" if found.why else str(error)) from None
+        return await self._find(image)
+
+    async def _find(self, image: str) -> Layer:
         if (key := self._key_of(image)) is None:
             raise NotFound(missing(image))
         try:
@@ -129,7 +112,7 @@ class Imported:
                         size_bytes=told["size_bytes"],
                         fetched_bytes=told["fetched_bytes"],
                         made_at=told["made_at"],
-                        root=_root(told["root"]),
+                        root=stored_root(told["root"]),
                         blobs=tuple(told["blobs"]),
                     )
                 )
@@ -155,6 +138,34 @@ class Imported:
         if len(fits) != 1:
             raise NotFound(missing(ref) if not fits else f"{ref!r} could be any of {len(fits)} images: give more of it")
         return fits[0]
+
+    def shared(self) -> builtins.list[Shared]:
+        """Every image, for other hosts."""
+        found = builtins.list[Shared]()
+        for info in self.list():
+            place = self.dir / info.key
+            with contextlib.suppress(OSError, ImageError):  # it has just been removed
+                found += others.offers(info, place, place / _MANIFEST, self._manifest(info.key)["sha256"])
+        return found
+
+    async def _fetch_elsewhere(self, image: str) -> elsewhere.Fetched:
+        """Raises ImageError, HostError of this host."""
+        if self._others is None:
+            return elsewhere.Fetched()
+        wanted = known_as(image)
+        with self._errors():
+            async with self._locked(silent), staging.staged(self.dir) as stage:
+                if (here := self._key_of(image)) and await self._is_complete(here):
+                    return elsewhere.Fetched(name=here)  # what was waited for has fetched it
+                found = await self._others.fetch(
+                    others.IMPORTED, wanted, into=stage, manifest=_MANIFEST, parts=others.parts, progress=silent
+                )
+                if found.name:
+                    key = others.key(found.name)
+                    await finish_uninterrupted(asyncio.to_thread(staging.move_in, stage, self.dir / key))
+                    if not wanted.startswith("sha256:"):
+                        self._name(parse(wanted), Access(), key, str(self._manifest(key)["digest"]))
+        return replace(found, why=f"and it can't be fetched: {found.why}" if found.why else "")
 
     # --- importing ----------------------------------------------------------------------------------------------------
 
@@ -186,7 +197,7 @@ class Imported:
     async def _import(self, reference: Reference, access: Access, pinned: str, progress: Progress) -> tuple[Name, bool]:
         async with staging.staged(self.dir) as stage:
             image = await self._fetch(reference, access, pinned, stage, progress)
-            key = _key(image)
+            key = key_of(image.config_digest)
             if is_new := not await self._is_complete(key):
                 try:
                     await self._make(image, key, reference, stage, progress)
@@ -356,14 +367,14 @@ class Imported:
 
     def _layer(self, manifest: Mapping[str, Any], key: str) -> Layer:
         digest = staging.digest_of({"file": manifest["sha256"], "root": manifest["root"]})
-        return Layer(digest=digest, path=self.dir / key / FILE, root=_root(manifest["root"]))
+        return Layer(digest=digest, path=self.dir / key / FILE, root=stored_root(manifest["root"]))
 
     def _manifest(self, key: str) -> dict[str, Any]:
         """Raises FileNotFoundError, ImageError."""
         place = self.dir / key / _MANIFEST
         try:
             told = json.loads(place.read_bytes())
-            _root(told["root"])
+            stored_root(told["root"])
             return {**told, "sha256": str(told["sha256"]), "size_bytes": int(told["size_bytes"])}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ImageError(f"{place} can't be read ({error!r})") from error
@@ -373,20 +384,4 @@ def missing(image: str) -> str:
     return (
         f"the image {image!r} is not on this host: `swarm image import {image}` fetches it, `swarm image list` shows "
         "those that are here"
-    )
-
-
-def _key(image: Fetched) -> str:
-    return staging.digest_of({"builder": BUILDER_VERSION, "config": image.config_digest})[:32]
-
-
-def _root(told: Mapping[str, Any]) -> Root:
-    uid, gid, groups, home = told["user"]
-    return Root(
-        env=dict(told["env"]),
-        cwd=str(told["cwd"]),
-        user=(int(uid), int(gid), tuple(groups), str(home)),
-        entry=tuple(told["entry"]),
-        stop_signal=int(told["stop_signal"]),
-        python=str(told["python"]),
     )
