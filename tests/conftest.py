@@ -10,7 +10,7 @@
 - ``firecracker``: netns, /dev/kvm, Firecracker, and a kernel that it can boot here (tests/vm/firecracker_here.py)
 - ``browser``: netns, Debian's Chromium with its driver, and axe-core in the cache (tests/dashboard/browser.py)
 - ``schemathesis``: the package, which `make ready` installs with the other tools of developers
-- ``oci``: skopeo, umoci and docker-registry, as Debian has them (tests/oci_here.py fetches the last)
+- ``oci``: skopeo, umoci, buildah and docker-registry, as Debian has them (tests/oci_here.py fetches the last)
 - ``postgres``: PostgreSQL's server, as Debian's package installs it (tests/postgres_here.py starts one)
 - ``prometheus``: Debian's Prometheus, in the cache (tests/prometheus_here.py; `make ready` fetches it)
 - ``claude-code``: what the agent of this name requires, from PyPI, in the cache (`make ready` puts it there)

@@ -1,5 +1,5 @@
 """Debian's docker-registry: from PATH, or unpacked into the cache of all checkouts. Not installed: the package would
-start a service. (skopeo and umoci are installed by tools/bootstrap.)
+start a service. (What Debian has besides is installed by tools/bootstrap.)
 
 ``python -m tests.oci_here`` fetches it (5 MB, once); status 1 with a line if that fails.
 """
@@ -36,7 +36,8 @@ def registry() -> str | None:
 
 
 def lacks() -> str:
-    if missing := [name for name in ("skopeo", "umoci", "mkfs.erofs", "openssl") if which(name) is None]:
+    needed = ("skopeo", "umoci", "buildah", "crun", "slirp4netns", "mkfs.erofs", "openssl")
+    if missing := [name for name in needed if which(name) is None]:
         return f"needs {', '.join(missing)}: run `tools/bootstrap dev`"
     return "" if registry() else "needs Debian's docker-registry: run `python -m tests.oci_here`"
 

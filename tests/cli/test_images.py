@@ -12,13 +12,12 @@ from collections.abc import Callable
 from contextlib import closing
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from swarm.config import Settings
 from swarm.vm.driver import Image
-from tests.vm.image.oci_images import Layout, entry, folder, layer, static
+from tests.vm.image.oci_images import Layout, busybox, entry, folder, layer, static
 
 pytestmark = pytest.mark.needs("oci", "qemu")
 BIN = Path(sys.executable).parent
@@ -70,6 +69,27 @@ def debian(image: Image, place: Path, layout: Layout) -> str:
     return layout.add("debian", [out.getvalue(), own], User="me", Env=["GREETING=hello from", "PATH=/usr/bin:/bin"])
 
 
+_DOCKERFILE = """
+FROM scratch
+COPY busybox /bin/
+SHELL ["/bin/busybox", "sh", "-c"]
+ARG TO
+WORKDIR /srv/app
+RUN echo "busybox sed 's/1/$TO/' \\$SWARM_WORK/input.json > \\$SWARM_WORK/output.json && busybox ls here" > /bin/run
+RUN > here
+ENTRYPOINT ["busybox", "sh"]
+CMD ["/bin/run"]
+"""
+
+
+def folder_of(place: Path, **files: bytes) -> Path:
+    place.mkdir()
+    for name, data in files.items():
+        (place / name).write_bytes(data)
+        (place / name).chmod(0o755)
+    return place
+
+
 def agent(place: Path, name: str, manifest: str, **files: str) -> str:
     directory = place / "agents" / name
     directory.mkdir(parents=True)
@@ -96,16 +116,17 @@ def test_one_static_program(swarm: Swarm, env: dict[str, str], layout: Layout, p
     nothing = layout.add("empty", [static()])
     swarm("image", "import", nothing, "--name", "tool:1")
     assert "has no Entrypoint and no Cmd: `entry` must say what runs" in swarm("agent", "add", source, status=2)
-    said: dict[str, Any] = {
-        "Entrypoint": ["busybox", "sh", "-c"],
-        "Cmd": ["busybox sed 's/1/2/' $SWARM_WORK/input.json > $SWARM_WORK/output.json && busybox ls here"],
-        "WorkingDir": "/srv/app",
-    }
-    layers = [static(), layer(folder("srv"), folder("srv/app"), entry("srv/app/here"))]
-    swarm("image", "import", layout.add("tool", layers, Env=["PATH=/bin"], **said), "--name", "tool:1")
+    context = folder_of(place / "context", busybox=busybox(), Dockerfile=_DOCKERFILE.encode())
+    build = ["image", "build", "--dockerfile", f"{context}/Dockerfile", "--no-network", "--name", "tool:1"]
+    assert swarm(*build, "--build-arg", "TO=2").startswith("tool:1 sha256:")
+    assert swarm(*build, "--build-arg", "TO=2").endswith(", which was here\n")
+    assert "tool:1 can't be built: " in swarm(*build, "--target", "none", status=1)
+    assert "goes with --name, and not with --force" in swarm(*build, "--force", status=2)
+    assert "needs --dockerfile" in swarm("image", "build", "--build-arg", "TO=2", status=2)
+    assert "was built: `swarm image build` builds it again" in swarm("image", "pull", "tool:1", status=2)
     swarm("agent", "add", source)
     assert ticket(swarm, env, "static") == ({"x": 2}, "")
-    assert "static@1.0.0" in swarm("image", "list") and "/bin/busybox sh -c" in swarm("image", "show", "tool:1")
+    assert "static@1.0.0" in swarm("image", "list") and "/bin/busybox sh /bin/run" in swarm("image", "show", "tool:1")
 
     swarm("image", "rm", "tool:1")
     outputs, error = ticket(swarm, env, "static", status=1)

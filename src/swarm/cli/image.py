@@ -13,11 +13,27 @@ from swarm.cli.ui.table import Column
 
 app = new_app("image", "Build guest images; import, list and remove others.")
 
+_PlainHttp = Annotated[
+    bool, typer.Option("--plain-http", help="Reach the registry without TLS, or with any certificate.")
+]
+_CertDir = Annotated[
+    Path | None,
+    typer.Option("--cert-dir", metavar="DIR", help="*.crt of authorities that sign the registry's certificate."),
+]
+_AuthFile = Annotated[
+    Path | None,
+    typer.Option("--auth-file", metavar="FILE", help="Credentials. Default: where `docker login` keeps them."),
+]
+
 
 @command(
     app,
     "build",
-    examples=["swarm image build", 'swarm image build --kernel ./vmlinux --boot-args "nomodule"'],
+    examples=[
+        "swarm image build",
+        'swarm image build --kernel ./vmlinux --boot-args "nomodule"',
+        "swarm image build --dockerfile tools/Dockerfile --build-arg VERSION=2 --name tools:2",
+    ],
     json=True,
 )
 async def build(
@@ -36,10 +52,55 @@ async def build(
     boot_args: Annotated[
         str | None, typer.Option("--boot-args", metavar="ARGS", help="Arguments for that kernel's command line.")
     ] = None,
+    dockerfile: Annotated[
+        Path | None,
+        typer.Option("--dockerfile", metavar="FILE", help="Build the image of this Dockerfile, for agents to run on."),
+    ] = None,
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="What agents call that image.")] = "",
+    context: Annotated[
+        Path | None,
+        typer.Option("--context", metavar="DIR", help="What its COPY reads. Default: the Dockerfile's directory."),
+    ] = None,
+    build_arg: Annotated[
+        list[str] | None, typer.Option("--build-arg", metavar="NAME=VALUE", help="For its ARG. No secrets.")
+    ] = None,
+    target: Annotated[str, typer.Option("--target", metavar="STAGE", help="Default: its last stage.")] = "",
+    secret: Annotated[
+        list[str] | None,
+        typer.Option("--secret", metavar="id=ID,src=FILE", help="For its RUN --mount=type=secret,id=ID."),
+    ] = None,
+    no_network: Annotated[bool, typer.Option("--no-network", help="Its RUN gets no network.")] = False,
+    plain_http: _PlainHttp = False,
+    cert_dir: _CertDir = None,
+    auth_file: _AuthFile = None,
 ) -> None:
-    """Fetch the guest image from another host, or build it from the distribution's packages, if it doesn't exist."""
-    from swarm.app import oneoff, wiring
+    """Build the guest image, or with --dockerfile one for agents to run on. Needs root.
 
+    The guest image is fetched from another host, or built from the distribution's packages, if it doesn't exist.
+    An image of a Dockerfile is built by buildah and imported; the same inputs build nothing. docs/images.md
+    """
+    from swarm.app import oneoff, wiring
+    from swarm.errors import UsageError
+
+    if dockerfile is not None:
+        from swarm.vm.image.oci.build import Recipe
+        from swarm.vm.image.oci.build import secret as parsed
+        from swarm.vm.image.oci.fetch import Access
+
+        if not name or force or kernel or boot_args is not None:
+            raise UsageError("--dockerfile goes with --name, and not with --force, --kernel and --boot-args")
+        recipe = Recipe(
+            dockerfile=dockerfile, context=context or dockerfile.parent, args=build_arg or (), target=target,
+            secrets=[parsed(one) for one in secret or ()], network=not no_network,
+        )  # fmt: skip
+        access = Access(plain_http=plain_http, cert_dir=str(cert_dir or ""), auth_file=str(auth_file or ""))
+        with cli.out.progress(name) as progress:
+            made, new = await wiring.imported(cli.settings).build(recipe, name=name, access=access, progress=progress)
+        await cli.record("image.import", name=made.name)
+        cli.out.result(made, f"{made.name} {made.digest}" + ("" if new else ", which was here"))
+        return
+    if name or context or build_arg or target or secret or no_network or plain_http or cert_dir or auth_file:
+        raise UsageError("that option needs --dockerfile")
     keep = wiring.images_of_templates(cli.settings)
     async with oneoff.others(cli.settings) as others:
         images = wiring.images(cli.settings, others)
@@ -50,17 +111,6 @@ async def build(
 
 _Reference = Annotated[
     str, typer.Argument(metavar="REF", help="NAME:TAG or another reference that skopeo knows. See above.")
-]
-_PlainHttp = Annotated[
-    bool, typer.Option("--plain-http", help="Reach the registry without TLS, or with any certificate.")
-]
-_CertDir = Annotated[
-    Path | None,
-    typer.Option("--cert-dir", metavar="DIR", help="*.crt of authorities that sign the registry's certificate."),
-]
-_AuthFile = Annotated[
-    Path | None,
-    typer.Option("--auth-file", metavar="FILE", help="Credentials. Default: where `docker login` keeps them."),
 ]
 
 
@@ -283,7 +333,7 @@ async def prune(
     cli: Cli,
     all_: Annotated[bool, typer.Option("--all", help="Also remove names that no registered agent uses.")] = False,
 ) -> None:
-    """Remove imported images without a name, and what was fetched for images that are gone.
+    """Remove imported images without a name, what was fetched for images that are gone, and the cache of builds.
 
     An image that a snapshot needs stays.
     """

@@ -74,9 +74,10 @@ class Layout:
             packed = gzip.compress(one, 1, mtime=0)
             described.append(self._described(packed, f"application/vnd.oci.image.layer.v1.tar+{compressed}"))
             diffs.append(f"sha256:{hashlib.sha256(one).hexdigest()}")
+        history = [{"created": "2020-01-01T00:00:00Z", "created_by": "a test"}] * len(diffs)
         text = json.dumps(
             {"architecture": architecture, "os": "linux", "config": config,
-             "rootfs": {"type": "layers", "diff_ids": diffs}}
+             "rootfs": {"type": "layers", "diff_ids": diffs}, "history": history}
         )  # fmt: skip
         manifest = {
             "schemaVersion": 2,

@@ -5,6 +5,7 @@
     <images>/oci/
       .lock                   flock: one import at a time
       .building-…/            an unfinished import; if its importer died, the next one removes it
+      .builds/                what buildah keeps of builds, so that the next one finds their steps
       .blobs/sha256/<digest>  manifests, configs and layers as they were fetched, shared by all images
       .verified/<key>         the inode of the file that was hashed already
       names.json              name -> the image that it means here
@@ -33,12 +34,13 @@ from swarm.base.aio import finish_uninterrupted
 from swarm.base.clock import iso
 from swarm.base.log import logger
 from swarm.base.progress import Progress, silent
-from swarm.errors import ImageError, NotFound
+from swarm.errors import ImageError, NotFound, UsageError
 from swarm.vm.driver import Layer, Root
 from swarm.vm.image import elsewhere, staging
 from swarm.vm.image.build import require_root
 from swarm.vm.image.elsewhere import Elsewhere, Shared
-from swarm.vm.image.oci import config, fetch, others, unpack
+from swarm.vm.image.oci import build, config, fetch, others, unpack
+from swarm.vm.image.oci.build import Buildah, Recipe
 from swarm.vm.image.oci.fetch import Access, Fetched
 from swarm.vm.image.oci.info import ImportedInfo, Name, key_of, stored_root
 from swarm.vm.image.oci.reference import Reference, known_as, parse
@@ -48,6 +50,7 @@ log = logger(__name__)
 
 _MANIFEST: Final = "image.json"
 _NAMES: Final = "names.json"
+_BUILDS: Final = ".builds"
 _BLOBS: Final = ".blobs"
 _LEAST_DIGEST: Final = 12  # of the hexadecimal digits of a digest that an agent gives
 SETTING: Final = "SWARM_IMAGES_DIR"
@@ -180,9 +183,7 @@ class Imported:
         require_root("an imported image")
         fetch.check_host()
         access = (access or Access()).anywhere()
-        with files.host_errors(f"can't make {self.dir}"):
-            files.make_directory(self._blobs)
-            self._blobs.chmod(0o700)  # images may be private
+        self._make_blobs()
         with self._errors():
             async with self._locked(progress):
                 pinned = ""
@@ -193,6 +194,30 @@ class Imported:
                     if known and await self._is_complete(known):
                         return self._name(reference, access, known, pinned), False
                 return await self._import(reference, access, pinned, progress)
+
+    async def build(
+        self, recipe: Recipe, *, name: str, access: Access | None = None, progress: Progress = silent
+    ) -> tuple[Name, bool]:
+        """Build an image from a Dockerfile, and import it under that name. False: it was here already, as it is when
+        nothing that goes into it has changed. Needs root. Raises UsageError, ImageError, HostError."""
+        reference = Reference(name=parse(name).name, source=f"{build.SOURCE}{recipe.dockerfile.absolute()}")
+        require_root("an image of a Dockerfile")
+        fetch.check_host()
+        await asyncio.to_thread(build.check, recipe, self._limits)
+        access = (access or Access()).anywhere()
+        self._make_blobs()
+        with self._errors():
+            async with self._locked(progress):
+                await build.tidy(cache := self.dir / _BUILDS, self._limits.bytes)
+                async with staging.staged(self.dir) as stage:
+                    buildah = Buildah(name=reference.name, cache=cache, stage=stage, limits=self._limits)
+                    id_ = await buildah.build(recipe, access, progress)
+                    key = buildah.imported(id_)
+                    if is_new := not (key and await self._is_complete(key)):
+                        built = replace(reference, source=await buildah.push(id_))
+                        key = (await self._import(built, access, "", progress))[0].key
+                        buildah.remember(id_, key)
+                return self._name(reference, access, key, str(self._manifest(key)["digest"])), is_new
 
     async def _import(self, reference: Reference, access: Access, pinned: str, progress: Progress) -> tuple[Name, bool]:
         async with staging.staged(self.dir) as stage:
@@ -270,7 +295,9 @@ class Imported:
     # --- upkeep -------------------------------------------------------------------------------------------------------
 
     async def is_behind(self, name: Name) -> bool:
-        """Has its registry another image under that name by now? Files are always read again. Raises ImageError."""
+        """Has its registry another image under that name by now? Files are always read again. Raises UsageError too."""
+        if name.source.startswith(build.SOURCE):
+            raise UsageError(f"{name.name} was built: `swarm image build` builds it again of what it is made of now")
         reference = Reference(name=name.name, source=name.source)
         return not reference.in_registry or await fetch.digest_of(reference, name.access) != name.digest
 
@@ -289,7 +316,7 @@ class Imported:
 
     async def prune(self, keep: Collection[str], *, unused: Collection[str] = ()) -> tuple[tuple[str, ...], int]:
         """Remove the names in ``unused``, images without a name, but for those in ``keep`` (`Layer.digest`), and what
-        was fetched for images that are gone. Returns what was removed, and how many bytes that gave."""
+        was fetched for images that are gone, or kept of builds. Returns what was removed, and how many bytes."""
         async with self._locked(silent):
             removed, freed = list(unused), 0
             self._write_names({name: one for name, one in self.names().items() if name not in unused})
@@ -298,6 +325,7 @@ class Imported:
                     await finish_uninterrupted(asyncio.to_thread(staging.remove, self.dir, info.key))
                     removed.append(info.key)
                     freed += info.size_bytes
+            freed += await build.discard(self.dir / _BUILDS)
             return tuple(removed), freed + await finish_uninterrupted(asyncio.to_thread(self._collect_blobs))
 
     def damage(self, info: ImportedInfo) -> str:
@@ -319,6 +347,11 @@ class Imported:
         return freed
 
     # --- files --------------------------------------------------------------------------------------------------------
+
+    def _make_blobs(self) -> None:
+        with files.host_errors(f"can't make {self.dir}"):
+            files.make_directory(self._blobs)
+            self._blobs.chmod(0o700)  # images may be private
 
     @asynccontextmanager
     async def _locked(self, progress: Progress) -> AsyncIterator[None]:

@@ -8,11 +8,11 @@ since a few bytes can become very many: a bomb costs its limit, and a sentence.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,11 +21,13 @@ from swarm.base import files, process
 from swarm.base.aio import finish_uninterrupted
 from swarm.errors import ImageError
 from swarm.vm.image.oci.fetch import TAG, Fetched
+from swarm.vm.image.oci.jail import Spec
 
 FILE: Final = "root.erofs"
 _EROFS_UUID: Final = "5a7a0000-0000-4000-8000-000000000003"
 _WATCH_SECONDS: Final = 0.5
 _TIMEOUT_SECONDS: Final = 3600.0
+_SAID_BYTES: Final = 64 << 10
 _KEPT_FREE_BYTES: Final = 256 << 20  # or other programs of the host find its disk full
 
 
@@ -60,7 +62,7 @@ async def unpack(
             raise ImageError(f"{name} has more than {limits.files} files")
 
     argv = ["umoci", "raw", "unpack", "--image", f"/stage/layout:{TAG}", "/stage/root"]
-    await _jailed(argv, stage, blobs, root, name=name, fsize=most, check=check)
+    await _run(argv, stage, blobs, root, name=name, fsize=most, check=check)
     return root
 
 
@@ -73,22 +75,29 @@ async def pack(root: Path, *, stage: Path, blobs: Path, name: str, progress: Cal
         progress(f"packing: {about(size)} of {about(total)}", min(1.0, size / total))
 
     argv = ["mkfs.erofs", "--quiet", f"-U{_EROFS_UUID}", f"/stage/{FILE}", "/stage/root"]
-    await _jailed(argv, stage, blobs, file, name=name, fsize=4 * total + (1 << 30), check=check)
+    await _run(argv, stage, blobs, file, name=name, fsize=4 * total + (1 << 30), check=check)
     return file
 
 
-async def _jailed(
+async def _run(
     argv: list[str], stage: Path, blobs: Path, grows: Path, *, name: str, fsize: int, check: Callable[[int, int], None]
 ) -> None:
-    """Run a program in the jail while ``check`` looks at how much there is below ``grows``."""
-    program = process.path_of(argv[0]).resolve()
+    spec = Spec(stage=str(stage), shown=[(str(blobs), "/blobs")], fsize=fsize)
+    code, said = await jailed(argv, spec, grows, failed=f"{name} can't be unpacked", check=check)
+    if code:
+        raise _explain(said, argv[0], code, name, fsize)
+
+
+async def jailed(
+    argv: list[str], spec: Spec, grows: Path, *, failed: str, check: Callable[[int, int], None],
+    env: Mapping[str, str] | None = None,
+) -> tuple[int, str]:  # fmt: skip
+    """Run a program in the jail while ``check`` looks at how much there is below ``grows``. Returns its status, and the
+    end of what it said. Raises ImageError, which begins with ``failed``, and OSError when the disk is full."""
+    stage = Path(spec.stage)
     log = stage / f"{argv[0]}.log"
-    child = await process.spawn(
-        ["unshare", "--mount", "--net", "--ipc", "--uts", "--pid", "--fork", "--kill-child", "--",
-         sys.executable, "-E", "-s", "-m", "swarm.vm.image.oci.jail", str(stage), str(blobs), str(fsize),
-         str(program), *argv[1:]],
-        output=log,
-    )  # fmt: skip
+    program = str(process.path_of(argv[0]).resolve())
+    child = await process.spawn(spec.argv([program, *argv[1:]]), output=log, env=env)
     ended = asyncio.ensure_future(child.wait())
     began, pause = time.monotonic(), _WATCH_SECONDS
     try:
@@ -101,12 +110,26 @@ async def _jailed(
             if disk.f_bavail * disk.f_frsize < _KEPT_FREE_BYTES or files.has_no_room(stage):
                 raise OSError(28, "no space left", str(stage))
             if time.monotonic() - began > _TIMEOUT_SECONDS:
-                raise ImageError(f"{name} can't be unpacked within {_TIMEOUT_SECONDS:g} s")
+                raise ImageError(f"{failed} within {_TIMEOUT_SECONDS:g} s")
         check(*await asyncio.to_thread(measure, grows))
     finally:
-        await process.kill(child)
-    if child.returncode:
-        raise _explain(log.read_text(errors="replace"), argv[0], child.returncode, name, fsize)
+        await _end(child)
+    return child.returncode or 0, said_last(log)
+
+
+async def _end(child: asyncio.subprocess.Process) -> None:
+    """Kill the first process of the jail: `unshare`, its parent, ends when all others in there have."""
+    if child.returncode is None:
+        with contextlib.suppress(OSError):
+            for first in map(int, Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()):
+                await process.kill_stranger(first, process.start_time(first) or 0)
+    await process.kill(child)
+
+
+def said_last(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _SAID_BYTES))
+        return file.read(_SAID_BYTES).decode(errors="replace")
 
 
 def _explain(said: str, program: str, code: int, name: str, fsize: int) -> Exception:
