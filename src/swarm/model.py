@@ -224,6 +224,9 @@ class RetryPolicy:
     )
 
 
+BUILT: Final = "agents/"  # what the names of images begin with that agents' own Dockerfiles made
+
+
 def names_imported(image: str | None) -> bool:
     """Swarm's own images are named by their digests."""
     return bool(image) and not re.fullmatch("[0-9a-f]{1,64}", image or "")

@@ -148,6 +148,26 @@ def test_dynamic_programs_and_python(swarm: Swarm, env: dict[str, str], debian: 
     assert "which takes a VM" in swarm("agent", "run", "dash", "--no-vm", status=2)
 
 
+def test_an_agent_with_its_dockerfile(swarm: Swarm, env: dict[str, str], place: Path) -> None:
+    manifest = "build: {args: {TO: '2'}}\n"
+    source = agent(place, "own", manifest, Dockerfile=_DOCKERFILE)
+    (Path(source) / "busybox").write_bytes(busybox())
+    (Path(source) / "busybox").chmod(0o755)
+    archive = place / "own.tar.gz"
+    subprocess.run(["tar", "-czf", str(archive), "-C", source, "."], check=True)
+    told = swarm("agent", "add", str(archive), status=2)
+    assert "building the image of own runs its author's programs on this host, in containers: unpack it" in told
+    swarm("agent", "add", source)
+    assert ticket(swarm, env, "own") == ({"x": 2}, "")
+    (named,) = [one for one in json.loads(swarm("image", "list", "--json")) if "own@1.0.0" in one.get("agents", ())]
+    assert named["name"].startswith("agents/own:")
+    swarm("agent", "add", str(archive))  # the same files: its image is here
+    swarm("image", "rm", named["name"])
+    assert "`swarm agent build own` builds it" in ticket(swarm, env, "own", status=1)[1]
+    assert "own@1.0.0: " in swarm("agent", "build", "own")
+    assert named["name"] in swarm("image", "list")
+
+
 def test_upkeep(swarm: Swarm, layout: Layout, env: dict[str, str]) -> None:
     ref = layout.add("kept", [static(), layer(entry("a"))], Cmd=["/bin/busybox"])
     swarm("image", "import", ref, "--name", "kept:1")
@@ -174,6 +194,11 @@ def test_what_a_manifest_may_not_say(swarm: Swarm, place: Path) -> None:
             "image: a:b\nrequirements: [x==1]\n": "can't be used with the imported image 'a:b' yet",
             "image: a:b\nruntime: python\n": "entry is missing",
             "description: x\n": "entry: is missing",
+            "build: .\nimage: a:b\n": "image and build both say what its root is",
+            "build: ..\n": "build.context: '..' is not in the agent's directory",
+            "build: .\n": "build.dockerfile: 'Dockerfile' is not a file of this agent",
+            f"build: {'x' * 300}\n": "is not a directory of this agent",
+            "build: .\nrequirements: [x==1]\n": "can't be used with an image that is built yet",
         }.items()
     ):
         assert why in swarm("agent", "add", agent(place, f"bad{number}", manifest), status=2)

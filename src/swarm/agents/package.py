@@ -31,7 +31,7 @@ from swarm.fields import (
     place,
     unknown,
 )
-from swarm.model import Agent, FailureReason, RetryPolicy, names_imported
+from swarm.model import BUILT, Agent, FailureReason, RetryPolicy, names_imported
 from swarm.schema import SchemaError, check_schema, expand
 
 MANIFEST: Final = "agent.yaml"
@@ -88,6 +88,15 @@ class _Example(_Strict):
     fails: bool = False
 
 
+class _Build(_Strict):
+    """``context`` and ``dockerfile`` are of the agent's own files; the latter is relative to the former."""
+
+    context: _Text = "."
+    dockerfile: _Text = "Dockerfile"
+    args: dict[Variable, _Text] = Field(default_factory=dict, max_length=100)
+    target: _Text = ""
+
+
 class Manifest(_Strict):
     """The fields of `agent.yaml`: those of `swarm.model.Agent`, with their bounds.
 
@@ -102,6 +111,7 @@ class Manifest(_Strict):
     runtime: Literal["python", "exec"] = "python"
     entry: Annotated[tuple[_Word, ...], Field(min_length=1, max_length=256)] | None
     image: _Text | None = None
+    build: _Build | None = None
     inputs: dict[str, Any] | None = None
     outputs: dict[str, Any] | None = None
     inputs_schema: dict[str, Any] | None = None
@@ -132,7 +142,11 @@ class Manifest(_Strict):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _image_says_what_runs(cls, given: Any) -> Any:
-        if isinstance(given, dict) and "entry" not in given and names_imported(str(given.get("image") or "")):
+        if not isinstance(given, dict):
+            return given
+        if isinstance(given.get("build"), str):
+            given = {**given, "build": {"context": given["build"]}}
+        if "entry" not in given and ("build" in given or names_imported(str(given.get("image") or ""))):
             return {"entry": None, "runtime": "exec", **given}
         return given
 
@@ -153,12 +167,16 @@ class Manifest(_Strict):
     def _fits_together(self) -> Manifest:
         if self.preload and self.runtime != "python":
             raise ValueError("preload needs runtime: python")
-        if self.entry is None and (self.runtime == "python" or not names_imported(self.image)):
+        imported = self.build is not None or names_imported(self.image)
+        if self.build and self.image:
+            raise ValueError("image and build both say what its root is: give only one")
+        if self.entry is None and (self.runtime == "python" or not imported):
             raise ValueError("entry is missing")
-        if names_imported(self.image) and (self.requirements or self.packages or self.preload):
+        if imported and (self.requirements or self.packages or self.preload):
+            which = f"the imported image {self.image!r}" if self.image else "an image that is built"
             raise ValueError(
-                f"requirements, packages and preload can't be used with the imported image {self.image!r} yet: have "
-                "what the agent needs in the image"
+                f"requirements, packages and preload can't be used with {which} yet: have what the agent needs in the "
+                "image"
             )
         for name in ("inputs", "outputs"):
             if getattr(self, name) is not None and getattr(self, f"{name}_schema") is not None:
@@ -177,11 +195,22 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Build:
+    """Of what the agent's image is built: paths below its directory; ``args`` are NAME=VALUE."""
+
+    context: Path
+    dockerfile: Path
+    args: tuple[str, ...] = ()
+    target: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Package:
-    """An agent and its examples, which its row in the database doesn't hold."""
+    """An agent, and what its row in the database doesn't hold."""
 
     agent: Agent
     examples: tuple[Example, ...] = ()
+    build: Build | None = None
 
 
 def read(directory: Path) -> Agent:
@@ -213,7 +242,32 @@ def read_package(directory: Path) -> Package:
             Example(name=e.name or f"example {i}", inputs=e.inputs, outputs=e.outputs, fails=e.fails)
             for i, e in enumerate(given.examples, 1)
         ),
+        build=_build(given.build, directory) if given.build else None,
     )
+
+
+def _build(given: _Build, directory: Path) -> Build:
+    context, dockerfile = Path(given.context), Path(given.context, given.dockerfile)
+    for field, path in (("context", context), ("dockerfile", dockerfile)):
+        where = f"{directory / MANIFEST}: build.{field}: {str(path)[:200]!r}"
+        try:
+            full = (directory / path).resolve()
+            there = full.is_dir() if field == "context" else full.is_file()
+        except (OSError, RuntimeError):  # a name that is too long, links that go round
+            there = False
+        if not there:
+            raise UsageError(f"{where} is not a {'directory' if field == 'context' else 'file'} of this agent")
+        if not full.is_relative_to(directory.resolve()):
+            raise UsageError(f"{where} is not in the agent's directory")
+    args = tuple(f"{name}={value}" for name, value in sorted(given.args.items()))
+    return Build(context=context, dockerfile=dockerfile, args=args, target=given.target)
+
+
+def _image(manifest: Manifest, directory: Path) -> str | None:
+    """An image that is built is named by all that it is built of: the agent's files."""
+    from swarm.agents.bundle import bundle_digest  # which imports this module
+
+    return f"{BUILT}{manifest.name}:{bundle_digest(directory)[:12]}" if manifest.build else manifest.image
 
 
 def _check_preload(manifest: Manifest, directory: Path) -> None:
@@ -279,7 +333,7 @@ def _agent(manifest: Manifest, path: Path) -> Agent:
         entry=manifest.entry or (),
         runtime=manifest.runtime,
         description=manifest.description,
-        image=manifest.image,
+        image=_image(manifest, path),
         inputs_schema=schema(manifest.inputs or manifest.inputs_schema),
         outputs_schema=schema(manifest.outputs or manifest.outputs_schema),
         memory_mb=manifest.memory_mb,

@@ -68,6 +68,7 @@ async def add(
     from swarm.admin import packages
 
     with agents.opened(source) as directory:
+        await built_image(cli, agents.read_package(directory), trusted=source.is_dir())
         await built(cli, agents.read(directory))  # first, so that an agent that can't run is not registered
         async with cli.store() as store:
             agent = await packages.add_agent(store, directory, cli.settings.agents, replace=dev, by=cli.user)
@@ -122,12 +123,13 @@ async def build(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Build layers, even if they exist here or elsewhere.")] = False,
 ) -> int:
-    """Build the layers for agents' requirements and packages, or fetch them from other hosts that have them.
+    """Build agents' images, and layers for their requirements and packages, or fetch them from hosts that have them.
 
     Needs root and the network; running agents does not.
     """
     from swarm import agents
     from swarm.errors import SwarmError
+    from swarm.model import BUILT
 
     found, registered = [agents.read(Path(one)) for one in agent or [] if _is_path(one)], []
     if names := [one for one in agent or [] if not _is_path(one)]:
@@ -135,7 +137,8 @@ async def build(
             registered = [await store.agent(name) for name in names]
     elif not agent:
         async with cli.store() as store:
-            registered = [one for one in await store.agents(broken=False) if one.needs_layer]
+            all_ = await store.agents(broken=False)
+        registered = [one for one in all_ if one.needs_layer or (one.image or "").startswith(BUILT)]
     status, ours = 0, len(found)
     found += registered
     for number, one in enumerate(found):
@@ -143,6 +146,7 @@ async def build(
             if number >= ours:
                 async with cli.store() as store:
                     one = await agents.Installed(cli.settings.agents, store).here(one)
+            await built_image(cli, agents.read_package(one.path), trusted=True)
             layer = await built(cli, one, force=force)
         except SwarmError as error:
             if len(found) == 1:
@@ -292,6 +296,8 @@ async def _package(cli: Cli, source: str, stack: ExitStack, *, vm: bool) -> Pack
 
     if _is_path(source):
         package = agents.read_package(stack.enter_context(agents.opened(Path(source))))
+        if vm:
+            await built_image(cli, package, trusted=Path(source).is_dir())
     else:
         async with cli.store() as store:
             found, installed = await store.agent(source), agents.Installed(cli.settings.agents, store)
@@ -304,6 +310,39 @@ async def _package(cli: Cli, source: str, stack: ExitStack, *, vm: bool) -> Pack
 
 def _is_path(source: str) -> bool:
     return "/" in source or Path(source).exists()
+
+
+async def built_image(cli: Cli, package: Package, *, trusted: bool) -> None:
+    """Build the image of the agent's `build`, unless it is here, or on a host that shares it. ``trusted``: its author
+    is, with running programs in containers of this host."""
+    import tempfile
+
+    from swarm import agents
+    from swarm.app import oneoff, wiring
+    from swarm.errors import ImageError, NotFound, UsageError
+    from swarm.vm.image.oci.build import Recipe
+
+    if (build := package.build) is None:
+        return
+    name = package.agent.image or ""
+    async with oneoff.others(cli.settings) as others:
+        images = wiring.imported(cli.settings, others)
+        try:
+            await images.layer(name)
+            return
+        except (NotFound, ImageError):
+            if not trusted:
+                raise UsageError(
+                    f"building the image of {package.agent.name} runs its author's programs on this host, in "
+                    "containers: unpack it, look at its Dockerfile, and give the directory"
+                ) from None
+        with tempfile.TemporaryDirectory(prefix="swarm-build-") as scratch:
+            copy = agents.install(package.agent.path, Path(scratch)).path  # just the files that name the image
+            recipe = Recipe(
+                dockerfile=copy / build.dockerfile, context=copy / build.context, args=build.args, target=build.target
+            )
+            with cli.out.progress(f"image of {package.agent.name}") as progress:
+                await images.build(recipe, name=name, progress=progress)
 
 
 async def built(cli: Cli, agent: Agent, *, vm: bool = True, force: bool = False) -> Layer | None:

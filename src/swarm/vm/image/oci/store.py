@@ -35,6 +35,7 @@ from swarm.base.clock import iso
 from swarm.base.log import logger
 from swarm.base.progress import Progress, silent
 from swarm.errors import ImageError, NotFound, UsageError
+from swarm.model import BUILT
 from swarm.vm.driver import Layer, Root
 from swarm.vm.image import elsewhere, staging
 from swarm.vm.image.build import require_root
@@ -414,7 +415,7 @@ class Imported:
 
 
 def missing(image: str) -> str:
-    return (
-        f"the image {image!r} is not on this host: `swarm image import {image}` fetches it, `swarm image list` shows "
-        "those that are here"
-    )
+    how = f"`swarm image import {image}` fetches it"
+    if image.startswith(BUILT):
+        how = f"`swarm agent build {image.removeprefix(BUILT).partition(':')[0]}` builds it"
+    return f"the image {image!r} is not on this host: {how}, `swarm image list` shows those that are here"

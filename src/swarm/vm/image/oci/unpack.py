@@ -19,7 +19,7 @@ from typing import Final
 
 from swarm.base import files, process
 from swarm.base.aio import finish_uninterrupted
-from swarm.errors import ImageError
+from swarm.errors import HostError, ImageError
 from swarm.vm.image.oci.fetch import TAG, Fetched
 from swarm.vm.image.oci.jail import Spec
 
@@ -120,7 +120,7 @@ async def jailed(
 async def _end(child: asyncio.subprocess.Process) -> None:
     """Kill the first process of the jail: `unshare`, its parent, ends when all others in there have."""
     if child.returncode is None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, HostError):
             for first in map(int, Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()):
                 await process.kill_stranger(first, process.start_time(first) or 0)
     await process.kill(child)
