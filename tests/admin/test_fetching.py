@@ -36,6 +36,7 @@ from swarm.vm.image.layer import Layers, _shape
 from swarm.vm.image.layer_build import Installed
 from swarm.vm.image.oci import others
 from swarm.vm.image.oci.reference import known_as
+from tests.conftest import PATIENCE_SECONDS
 from tests.engine.test_faults import small_disk
 from tests.store.databases import Outside, database_of_hosts
 from tests.vm.image.oci_images import Layout, entry, layer
@@ -199,7 +200,7 @@ def make_layer(settings: Settings, agent: Agent = AGENT, *, size: int = SIZE) ->
 
 
 async def until(reached: Callable[[], bool | Awaitable[bool]]) -> None:
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
             found = reached()
             if found if isinstance(found, bool) else await found:

@@ -21,6 +21,7 @@ from swarm.store.sandboxes.snapshots import SnapshotFilter
 from swarm.store.store import Store
 from tests.api import served as server
 from tests.api.holding import HOST, Engine, holding
+from tests.conftest import PATIENCE_SECONDS
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ async def test_a_new_one_may_start_on_another_host(store: Store) -> None:
     assert await store.claim_sandboxes("here", HOST, lease_seconds=60, limit=1) == []
     starting = asyncio.create_task(sandboxes.started(store, made.id, say=told.set_result, engine_seconds=0))
     store.labels = {"zone": "a"}
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         assert (await told).startswith("it waits for a host with zone=a")
     (claim,) = await store.claim_sandboxes("w", "host-2", lease_seconds=60, limit=1)
     await store.sandbox_running(claim.hold_id, 3)
@@ -136,6 +137,6 @@ async def test_one_that_can_not_be_resumed_says_why(store: Store, engine: Engine
     await sandboxes.pause(store, made.id, by="anna")
     (snapshot,) = (await store.snapshot_page(SnapshotFilter(sandbox_id=made.id))).snapshots
     await store.forget_snapshots([snapshot.id])
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         with pytest.raises(Conflict, match="the sandbox 'box'"):
             await sandboxes.reach(store, made.id, by="anna")

@@ -24,7 +24,7 @@ from swarm.agents import check
 from tests.agents import claude_code_here
 from tests.agents.claude_code_here import CODE
 from tests.agents.scripted_api import INPUT_TOKENS, OUTPUT_TOKENS, Answer, ScriptedApi
-from tests.conftest import need
+from tests.conftest import PATIENCE_SECONDS, need
 
 pytestmark = pytest.mark.slow  # starts programs
 
@@ -218,7 +218,7 @@ async def test_a_crash_is_survived_by_the_session(run: Run) -> None:
 
     async def kill(api: ScriptedApi, child: asyncio.subprocess.Process) -> None:
         await asyncio.wait_for(api.held.wait(), 60)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not written(child.pid):  # noqa: ASYNC110 - by another program
                 await asyncio.sleep(0.05)
         os.kill(_claude_of(child.pid), signal.SIGKILL)

@@ -19,6 +19,7 @@ from swarm.model import Ticket
 from tests.api.served import Served
 from tests.api.test_auth import refused
 from tests.api.test_workflows import changes
+from tests.conftest import PATIENCE_SECONDS
 
 GZIP = {"content-type": "application/gzip"}
 MANIFEST = "name: shout\nversion: 1.0.0\nentry: [main.py]\ndescription: loud\n"
@@ -140,7 +141,7 @@ async def test_what_is_said_to_be_too_large_or_something_else(served: Served) ->
     reader, writer = await asyncio.open_connection("127.0.0.1", int(served.url.rsplit(":", 1)[1]))
     head = f"Host: x\r\nAuthorization: Bearer {served.tokens['admin']}\r\nContent-Type: application/gzip\r\n"
     writer.write(f"POST /v1/agents HTTP/1.1\r\n{head}Content-Length: 999999999\r\n\r\n".encode())
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         assert b" 413 " in (await reader.read()).partition(b"\r\n")[0]
     writer.close()
     assert left(served) == []
@@ -150,7 +151,7 @@ async def test_an_upload_that_breaks_off_leaves_nothing_and_few_are_taken_at_onc
     port = int(served.url.rsplit(":", 1)[1])
     head = f"Host: x\r\nAuthorization: Bearer {served.tokens['admin']}\r\nContent-Type: application/gzip\r\n"
     opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         for _, writer in opened:
             writer.write(f"POST /v1/agents HTTP/1.1\r\n{head}Content-Length: 999\r\n\r\nhalf".encode())
             await writer.drain()

@@ -21,6 +21,7 @@ from swarm.errors import UsageError
 from swarm.model import Event, Role
 from swarm.store.registry.tokens import MAX_SESSIONS, Actor, new_token
 from tests.api.served import Served, on_the_socket, serving
+from tests.conftest import PATIENCE_SECONDS
 
 
 def refused(answer: httpx.Response, status: int, said: str) -> None:
@@ -68,7 +69,7 @@ async def test_a_token_expires_and_is_revoked(served: Served) -> None:
     assert (await served.nobody.get("/v1/tickets", headers=headers)).status_code == 200
     (row,) = [row for row in await served.store.tokens() if row.name == "ci"]
     assert (row.role, row.created_by) == ("viewer", "anna")
-    async with asyncio.timeout(60), served.store.watching() as wake:
+    async with asyncio.timeout(PATIENCE_SECONDS), served.store.watching() as wake:
         while [row.last_used_at for row in await served.store.tokens() if row.name == "ci"] == [None]:
             await wake.changed(timeout_seconds=1)
     await served.store.shift_clock(61_000)
@@ -230,7 +231,7 @@ async def test_that_a_token_is_used_is_written_after_what_its_request_writes(ser
     """Or else both wait for a lock, one after the other."""
     assert await served.store.token_holder(served.tokens["admin"])
     await served.store.record("test.write", by="the-admin")
-    async with asyncio.timeout(60), served.store.watching() as wake:
+    async with asyncio.timeout(PATIENCE_SECONDS), served.store.watching() as wake:
         while not (used := {row.name: row.last_used_at for row in await served.store.tokens()}["the-admin"]):
             await wake.changed(timeout_seconds=1)
     (wrote,) = [event for event in await served.store.events(None) if event.data.get("did") == "test.write"]
@@ -322,7 +323,7 @@ async def test_what_takes_long_ends_with_its_token(tmp_path: Path, how: str) -> 
                 await gone.post("/logout", headers={"origin": served.url})
             said = Event(ticket_id=ticket.id, step_id="a", kind="output", data={"stream": "stdout", "text": "secret"})
             await served.store.append([said])
-            async with asyncio.timeout(40):  # a long poll looks every 5 s
+            async with asyncio.timeout(PATIENCE_SECONDS):  # a long poll looks every 5 s
                 for path, stream in zip(streams, opened, strict=True):
                     broken = pytest.raises(httpx.RemoteProtocolError) if "output" in path else contextlib.nullcontext()
                     with broken:

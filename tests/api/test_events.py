@@ -26,6 +26,7 @@ from swarm.model import Event
 from tests.api.served import Served, serving
 from tests.api.test_actions import of_project
 from tests.api.test_auth import refused
+from tests.conftest import PATIENCE_SECONDS
 
 
 def printed(ticket: str, text: str, *, stream: str = "stdout", step: str = "agent") -> Event:
@@ -69,7 +70,7 @@ async def test_who_comes_and_goes_has_every_line_once(served: Served) -> None:
         await served.store.append([printed("t", f"{number} {n}\n") for n in range(4)])
     await served.store.cancel("t", "ann")
     stored = [event.seq for event in await served.store.events("t")]
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         for found in await asyncio.gather(*readers):
             assert [event["seq"] for event in found] == stored
 
@@ -147,7 +148,10 @@ async def test_who_takes_nothing_for_long_is_left() -> None:
         return StreamingResponse(parts())
 
     app = Starlette(routes=[Route("/", endless)])
-    async with server.serving(app, host="127.0.0.1", port=0, stalled_seconds=0.2) as (url, _), asyncio.timeout(60):
+    async with (
+        server.serving(app, host="127.0.0.1", port=0, stalled_seconds=0.2) as (url, _),
+        asyncio.timeout(PATIENCE_SECONDS),
+    ):
         with contextlib.closing(await stalled(url, "/")):
             await left.wait()
 
@@ -167,7 +171,7 @@ async def test_what_goes_while_it_is_followed(served: Served, deleted: bool) -> 
         return kinds
 
     reader = asyncio.create_task(follow())
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         await seen.wait()
         if deleted:
             await served.store.remove_tickets(["t"], by="ann", force=True)
@@ -206,7 +210,10 @@ async def test_all_events(served: Served) -> None:
     assert {event["kind"] for event in changes} == {"transition"}
     async with of_project(served, "a") as team:
         assert {event["ticket_id"] for event in await every(team)} == {"a"}
-        async with team.stream("GET", "/v1/events/live?after=0&kind=transition") as stream, asyncio.timeout(60):
+        async with (
+            team.stream("GET", "/v1/events/live?after=0&kind=transition") as stream,
+            asyncio.timeout(PATIENCE_SECONDS),
+        ):
             async for _, kind, data in sse(stream.aiter_lines()):
                 assert (kind, data["ticket_id"], data["data"]["to"]) == ("transition", "a", "cancelled")
                 break
@@ -216,7 +223,7 @@ async def test_all_events(served: Served) -> None:
 async def test_all_events_from_now_on(served: Served) -> None:
     await served.add("t")
     await served.store.append([printed("t", "before\n")])
-    async with served.viewer.stream("GET", "/v1/events/live?kind=output") as stream, asyncio.timeout(60):
+    async with served.viewer.stream("GET", "/v1/events/live?kind=output") as stream, asyncio.timeout(PATIENCE_SECONDS):
         lines = stream.aiter_lines()
         assert [await anext(lines), (await anext(lines)).partition(":")[0]] == [": open", "id"]
         await served.store.append([printed("t", "after\n")])
@@ -251,6 +258,6 @@ async def test_a_pause_ends_with_the_server(served: Served) -> None:
     paused = asyncio.create_task(feed.pause(3600))
     await asyncio.sleep(0)
     feed.close()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         await paused
         await feed.pause(3600)  # one that begins too late for the news

@@ -29,6 +29,7 @@ from swarm.model import Failed, FailureReason, Role, Succeeded
 from swarm.store.registry.tokens import Actor, new_token
 from tests import prometheus_here
 from tests.api.served import Served
+from tests.conftest import PATIENCE_SECONDS
 from tests.serving import serving
 from tests.store.databases import account_of
 
@@ -54,7 +55,7 @@ async def value(served: Served, name: str, **labels: str) -> float:
 
 
 async def until(served: Served, wanted: float, name: str, **labels: str) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while await value(served, name, **labels) != pytest.approx(wanted):  # noqa: ASYNC110
             await asyncio.sleep(0.1)
 
@@ -81,6 +82,8 @@ async def work(served: Served) -> None:
     info = {"running": 2, "max_vms": 4, "kept_ready": 1, "store": store.use(), "stopping": False}
     await store.heartbeat("w", host="host-1", pid=7, info=info)
     await store.heartbeat("x", host="bad\nhost", pid=8, info={"running": "many", "store": {"write": 3}, "max_vms": -1})
+    with contextlib.closing(sqlite3.connect(served.settings.data_dir / "swarm.db", timeout=60)) as database, database:
+        database.execute("UPDATE workers SET seen_at = '2100-01-01T00:00:00.000Z'")  # they live as long as this test
 
 
 async def counted(served: Served) -> None:
@@ -163,7 +166,7 @@ async def test_what_other_programs_write_ends_nothing(served: Served) -> None:
         task = asyncio.create_task(traces.export(served.store, feed, to))
         try:
             newest = await served.store.newest_event()
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 while await served.store.position(traces.POSITION) < newest:
                     assert not task.done()
                     await asyncio.sleep(0.05)
@@ -220,7 +223,7 @@ async def prometheus(served: Served, place: Path) -> AsyncIterator[httpx.AsyncCl
         )  # fmt: skip
     try:
         async with httpx.AsyncClient(base_url="http://127.0.0.1:19090/api/v1", timeout=60) as client:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 while True:
                     try:
                         if await _query(client, 'up{job="swarm"} == 1'):
@@ -266,7 +269,7 @@ async def test_a_real_prometheus(served: Served, tmp_path: Path) -> None:
     async with prometheus(served, tmp_path) as client:
         assert await _query(client, 'swarm_tickets_ended_total{state="done"} == 1')
         rules = (await client.get("/rules")).json()["data"]["groups"][0]["rules"]
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while any(rule["health"] == "unknown" for rule in rules):
                 await asyncio.sleep(0.1)
                 rules = (await client.get("/rules")).json()["data"]["groups"][0]["rules"]

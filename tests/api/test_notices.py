@@ -27,6 +27,7 @@ from tests.api.served import Served
 from tests.api.test_actions import waiting
 from tests.api.test_auth import refused
 from tests.api.test_serve import run
+from tests.conftest import PATIENCE_SECONDS
 from tests.serving import serving
 
 LOOPBACK = (IPv4Network("127.0.0.0/8"),)
@@ -52,7 +53,7 @@ class Receiver:
         return web.Response(status=status, headers=headers)
 
     async def until(self, count: int) -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while len(self.got) < count:
                 self.came.clear()
                 await self.came.wait()
@@ -103,7 +104,7 @@ async def test_who_is_told_what(served: Served) -> None:
             await end(served, "dear", failed="over_budget")
             await waiting(served, "asks", "steps: [{id: a, agent: echo, approval: 'A?'}]")
             await receiver.until(7)
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 while await served.store.position(position_of(id)) < seq_of(receiver.got, id):  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
                 # Not their errors: the server of this fixture sends too, may not send to this host, and says so.

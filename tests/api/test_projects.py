@@ -18,6 +18,7 @@ from swarm.model import Role, Sandbox, Snapshot, Ticket
 from swarm.store.registry.tokens import Actor, new_token
 from tests.api.served import ECHO, Served
 from tests.api.test_agents import archive
+from tests.conftest import PATIENCE_SECONDS
 
 OWN: Final = "own"  # the project's own; another project's does not exist
 SHARED: Final = "shared"  # it tells of all projects, or changes what they share: refused, to its admins too
@@ -331,7 +332,7 @@ async def _holder(served: Served, project: str) -> httpx.AsyncClient:
 async def _run_of(served: Served, project: str) -> str:
     """A run of the workflow, once a worker has claimed its first step."""
     made = await served.operator.post("/v1/workflows/ours/runs", json={"project": project})
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
             for claim in await served.store.claim("worker", lease_seconds=600, ticket_id=made.json()["id"]):
                 return claim.run_id

@@ -34,6 +34,7 @@ from swarm.vm.slots.inventory import Inventory
 from tests.api.served import ECHO, Served
 from tests.api.test_auth import refused
 from tests.api.test_workflows import changes, put
+from tests.conftest import PATIENCE_SECONDS
 from tests.store.databases import account_of
 
 VALUE = "correct horse battery staple"
@@ -250,7 +251,7 @@ async def test_no_read_waits_for_one_of_all_rows(served: Served) -> None:
     held = asyncio.create_task(store._read.call(hold))
     try:
         assert await asyncio.to_thread(begun.wait, 60)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             assert len(await store.costs("agent")) == 1
             assert await store.artifacts() == []
     finally:
@@ -349,7 +350,7 @@ async def test_the_json_is_the_command_lines(served: Served) -> None:
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-c", PROGRAM, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
     )
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         out, _ = await child.communicate("\n".join(lines).encode())
     printed = out.decode().split("\x1e")[1:]
     for (path, answer), said in zip(answers.items(), printed, strict=False):

@@ -21,6 +21,7 @@ from swarm.store.registry.tokens import Actor, new_token
 from tests.api.holding import Engine, holding
 from tests.api.served import ECHO, Served, serving
 from tests.api.web_socket import Rejected, Socket, web_socket
+from tests.conftest import PATIENCE_SECONDS
 
 BYTES = {"content-type": "application/octet-stream"}
 
@@ -112,7 +113,7 @@ async def test_a_command_in_the_background(served: Served, engine: Engine) -> No
     begun = await run(served.operator, path, "sh", "-c", script, background=True, process="job")
     assert begun["process"] == "job" and begun["code"] is None
     of_job = f"{path}/processes/job"
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while (await served.operator.get(f"{of_job}/output")).text != "begin\n":
             pass
     (listed,) = (await served.operator.get(f"{path}/processes")).json()
@@ -142,7 +143,7 @@ async def test_all_that_a_command_wrote(served: Served, engine: Engine) -> None:
         b"".join(base64.b64decode(one["data"]) for one in pieces if one["stream"] == name)
         for name in ("stdout", "stderr")
     )
-    assert set(out) == {*b"xy"} and out.endswith(b"y" * 200_000) and err in (b"", b"err\n")
+    assert set(out) <= {*b"xy"} and out.endswith(b"y" * 200_000) and err in (b"", b"err\n")
     assert dropped + len(out) + len(err) == 300_003 == pieces[-1]["offset"]
     assert len((await get(of_it)).content) == 300_003 - dropped
     after = pieces[0]["offset"]
@@ -153,7 +154,7 @@ async def test_all_that_a_command_wrote(served: Served, engine: Engine) -> None:
 async def test_who_goes_away_ends_the_command(served: Served, engine: Engine) -> None:
     path = await box(served)
     asking = asyncio.create_task(run(served.operator, path, "sleep", "1000", process="left"))
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not await _processes(served, path):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         asking.cancel()
@@ -215,7 +216,7 @@ async def test_a_watch_tells_what_changes(served: Served, engine: Engine) -> Non
         assert await anext(lines) == ": open"
         await run(served.operator, path, "sh", "-c", "echo x > d/file; mv d/file d/other")
         told = list[dict[str, Any]]()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not told or told[-1]["event"] != "moved":
                 line = await anext(lines)
                 told += [json.loads(line.removeprefix("data: "))] if line.startswith("data: ") else []
@@ -237,7 +238,7 @@ async def test_an_upload_that_broke_off_goes_on(served: Served, engine: Engine) 
         length = {"content-length": str(len(data))}
         await served.operator.put(f"{content}?path=file&upload=u-1", content=half(), headers=BYTES | length)
     assert (await served.operator.get(f"{content}?path=file")).content == b"old"
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not (there := (await served.operator.get(f"{path}/files/uploaded?path=file&upload=u-1")).json()["bytes"]):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert 0 < there <= 2 << 20
@@ -332,7 +333,7 @@ async def test_a_terminal(served: Served, engine: Engine) -> None:
 
 async def until(socket: Socket, wanted: bytes) -> None:
     seen = b""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while wanted not in seen:
             message = await socket.receive()
             assert isinstance(message, bytes), message
@@ -359,12 +360,12 @@ async def test_a_client_that_takes_nothing_holds_the_command_up(served: Served, 
         await socket.send({"argv": ["yes"], "process": "flood"})
         await socket.receive()
         before = -1
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while (now := (await _processes(served, path))[0]["output_bytes"]) != before or not now:
                 before = now
                 await asyncio.sleep(0.3)
         assert now < 64 << 20
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not (await _processes(served, path))[0]["ended"]:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
@@ -372,7 +373,10 @@ async def test_a_client_that_takes_nothing_holds_the_command_up(served: Served, 
 async def test_a_window_bounds_what_is_on_its_way(served: Served, engine: Engine) -> None:
     """For clients that read all that comes, such as a browser's script: they say what they have taken."""
     path, size = await box(served), 1 << 16
-    async with asyncio.timeout(60), web_socket(served.url, f"{path}/exec/live", _bearer(served, "operator")) as socket:
+    async with (
+        asyncio.timeout(PATIENCE_SECONDS),
+        web_socket(served.url, f"{path}/exec/live", _bearer(served, "operator")) as socket,
+    ):
         await socket.send({"argv": ["yes"], "window_bytes": size})
         assert "started" in str(await socket.receive())
         taken = seen = 0
@@ -397,7 +401,10 @@ async def test_input_is_not_stuck_behind_a_window(served: Served, engine: Engine
             await socket.send(bytes(1 << 18))
         await socket.send({"op": "end"})
 
-    async with asyncio.timeout(60), web_socket(served.url, f"{path}/exec/live", _bearer(served, "operator")) as socket:
+    async with (
+        asyncio.timeout(PATIENCE_SECONDS),
+        web_socket(served.url, f"{path}/exec/live", _bearer(served, "operator")) as socket,
+    ):
         await socket.send({"argv": ["cat"], "window_bytes": 1 << 16})
         typing, seen = asyncio.create_task(type_all(socket)), 0
         while (message := await socket.receive()) is not None:
@@ -419,7 +426,7 @@ async def test_what_runs_is_come_back_to(served: Served, engine: Engine) -> None
     async with web_socket(served.url, f"{path}/exec/live", _bearer(served, "operator")) as socket:
         await socket.send({"argv": ["sleep", "1000"], "process": "left"})
         await socket.receive()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while {one["process"] for one in await _processes(served, path) if not one["ended"]} != {"job"}:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     async with web_socket(served.url, f"{path}/processes/done/live", _bearer(served, "operator")) as socket:
@@ -504,7 +511,7 @@ async def test_what_takes_long_ends_with_its_token(tmp_path: Path, tmp_path_fact
         headers = {"authorization": f"Bearer {token}"}
         sleep = {"argv": ["sleep", "1000"]}
         waiting = asyncio.create_task(served.nobody.post(f"{path}/exec", json=sleep, headers=headers))
-        async with asyncio.timeout(60), web_socket(served.url, f"{path}/exec/live", headers) as socket:
+        async with asyncio.timeout(PATIENCE_SECONDS), web_socket(served.url, f"{path}/exec/live", headers) as socket:
             await socket.send(sleep)
             await socket.receive()
             while len(await _processes(served, path)) < 2:  # noqa: ASYNC110

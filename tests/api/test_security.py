@@ -17,6 +17,7 @@ import pytest
 
 from tests.api.served import Served
 from tests.api.test_auth import refused
+from tests.conftest import PATIENCE_SECONDS
 
 CONNECT = """
 import os, socket, sys
@@ -65,7 +66,7 @@ async def test_whether_it_is_well_is_told_to_anybody(served: Served) -> None:
         other.execute("ROLLBACK")
     shutil.copy(file, file.with_name("older.db"))
     file.with_name("older.db").replace(file)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while (answer := await served.nobody.get("/healthz")).status_code == 200:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     refused(answer, 503, "the database can't be used")

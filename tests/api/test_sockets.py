@@ -11,6 +11,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from swarm.api.server import MAX_MESSAGE_BYTES, serving
 from tests.api.web_socket import web_socket
+from tests.conftest import PATIENCE_SECONDS
 
 
 class _Echo:
@@ -66,13 +67,13 @@ async def test_who_gives_no_sign_of_life_is_gone(path: str) -> None:
     """Also one that takes nothing of what is sent: else what is sent to it would wait for ever."""
     echo = _Echo()
     alive = serving(echo.app, host="127.0.0.1", port=0, stalled_seconds=1.0, ping_seconds=0.5)
-    async with asyncio.timeout(60), alive as (url, _), web_socket(url, path):
+    async with asyncio.timeout(PATIENCE_SECONDS), alive as (url, _), web_socket(url, path):
         assert await echo.left.get() in (1005, 1006, "flood")
 
 
 async def test_the_server_stops_while_sockets_are_open() -> None:
     echo = _Echo()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         async with serving(echo.app, host="127.0.0.1", port=0) as (url, _):
             listens = web_socket(url, "/echo")
             flooded = web_socket(url, "/flood")

@@ -23,6 +23,7 @@ from swarm.model import Event
 from swarm.store.details import MOST
 from tests.api.served import Served
 from tests.api.test_auth import refused
+from tests.conftest import PATIENCE_SECONDS
 from tests.store import flows
 
 
@@ -107,7 +108,7 @@ async def test_a_body_that_is_too_large_is_not_read(served: Served) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", int(served.url.rsplit(":", 1)[1]))
     head = f"Host: x\r\nAuthorization: Bearer {served.tokens['operator']}\r\nContent-Length: 99999999\r\n\r\n"
     writer.write(f"POST /v1/tickets HTTP/1.1\r\n{head}".encode())
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         answer = await reader.read()  # to its end: the server closes
     assert b" 413 " in answer.partition(b"\r\n")[0] and b"the body has more than" in answer
     writer.close()
@@ -171,7 +172,7 @@ async def test_large_answers_are_kept_in_bounds(served: Served) -> None:
             assert (busy.status_code, busy.headers["retry-after"]) == (503, "2")
             assert "other large answers are on their way" in busy.text
         assert (await served.viewer.get("/v1/tickets")).status_code == 200
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while (await served.viewer.get("/v1/tickets/large")).status_code == 503:  # until the server sees them gone
             pass
 
@@ -220,7 +221,7 @@ async def test_events_follow_live_without_gap_or_double(served: Served) -> None:
                         if taken == leave_after:
                             break
 
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         _, *readers = await asyncio.gather(write(), *(read(n) for n in (1, 7, 1000)))
     stored = [event.seq for event in await served.store.events("t")]
     for found in readers:

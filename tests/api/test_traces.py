@@ -19,6 +19,7 @@ from swarm.base import trace
 from swarm.model import Event, Failed, FailureReason, Succeeded
 from tests.api.served import Served
 from tests.api.test_metrics import TIMINGS, work
+from tests.conftest import PATIENCE_SECONDS
 from tests.dashboard import flows
 from tests.serving import serving
 
@@ -71,7 +72,7 @@ async def exporting(
 
 async def until(collector: Collector, *roots: str) -> dict[str, dict[str, Any]]:
     """All spans by name, once these tickets' are there."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not {f"ticket {name}" for name in roots} <= {span["name"] for span in collector.spans}:
             collector.taken.clear()
             await collector.taken.wait()
@@ -92,7 +93,7 @@ async def test_a_collector_receives_a_trace(served: Served) -> None:
         await work(served)  # claims two, of which the first is that one
         (claim,) = await served.store.claim("w", lease_seconds=60)
         await served.store.finish(claim.attempt_id, Succeeded(outputs="{}"), timings=TIMINGS, vm_time_ms=1)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while len({span["traceId"] for span in collector.spans}) < 3:
                 collector.taken.clear()
                 await collector.taken.wait()
@@ -137,7 +138,7 @@ async def test_one_trace_that_is_never_taken_holds_up_no_other(served: Served) -
             await served.add(id)
             (claim,) = await served.store.claim("w", lease_seconds=60)
             await served.store.finish(claim.attempt_id, Succeeded(outputs="{}"), timings={}, vm_time_ms=1)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while len(collector.headers) < 2:
                 collector.taken.clear()
                 await collector.taken.wait()

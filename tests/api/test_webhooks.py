@@ -34,6 +34,7 @@ from swarm.model import Ticket
 from swarm.store.store import Store
 from swarm.workflow.definition import Step, Webhook, Workflow
 from tests.cel.local import Local
+from tests.conftest import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.needs("netns")
 
@@ -248,7 +249,7 @@ async def test_a_body_that_does_not_come(server: Server) -> None:
     strangers = Strangers(seconds=0.2)
     hooks = webhooks.Hooks(store=server.store, secret=secret, evaluator=Local(), strangers=strangers)
     served_ = Starlette(routes=[hooks.route()])
-    async with serving(served_, host="127.0.0.1", port=0) as (url, _), asyncio.timeout(60):
+    async with serving(served_, host="127.0.0.1", port=0) as (url, _), asyncio.timeout(PATIENCE_SECONDS):
         reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
         signed = "".join(f"{name}: {text}\r\n" for name, text in server.signed(b"").items())
         head = f"POST /hooks/nightly HTTP/1.1\r\nHost: x\r\n{signed}Content-Length: 10\r\n\r\n"
@@ -302,7 +303,7 @@ async def test_one_connection_too_many_is_told_by_a_problem() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    async with serving(slow, host="127.0.0.1", port=0) as (url, _), asyncio.timeout(60):
+    async with serving(slow, host="127.0.0.1", port=0) as (url, _), asyncio.timeout(PATIENCE_SECONDS):
         writers, port = [], int(url.rsplit(":", 1)[1])
         for _ in range(256):
             _, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -323,7 +324,7 @@ async def test_heads_that_never_come_are_cut_off(server: Server) -> None:
 
     hooks = webhooks.Hooks(store=server.store, secret=secret, evaluator=Local(), strangers=Strangers())
     app = Starlette(routes=[hooks.route()])
-    async with serving(app, host="127.0.0.1", port=0, head_seconds=0.2) as (url, _), asyncio.timeout(60):
+    async with serving(app, host="127.0.0.1", port=0, head_seconds=0.2) as (url, _), asyncio.timeout(PATIENCE_SECONDS):
         for sent in (b"", b"POST /hooks/x HTTP/1.1\r\nHost: ", b"POST /hooks/x HTTP/1.1\r\nHost: x\r\n\r\nPOST /"):
             reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
             writer.write(sent)
@@ -422,7 +423,7 @@ async def test_the_command_serves_until_it_is_told_to_stop(server: Server, numbe
         stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout is not None
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         url = (await process.stdout.readline()).decode().split()[1].rstrip(";")
         async with httpx.AsyncClient(base_url=url, timeout=60) as client:
             assert (await client.post("/hooks/nightly", content=BODY, headers=server.signed(BODY))).status_code == 202
@@ -453,7 +454,7 @@ async def test_a_log_that_takes_no_lines_changes_no_answer(server: Server) -> No
     )
     os.close(full)
     assert process.stdout is not None
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         url = (await process.stdout.readline()).decode().split()[1].rstrip(";")
         async with httpx.AsyncClient(base_url=url, timeout=60) as client:
             assert (await client.post("/hooks/nightly", content=BODY, headers=server.signed(BODY))).status_code == 202

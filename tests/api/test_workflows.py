@@ -23,6 +23,7 @@ from swarm.model import Succeeded
 from swarm.workflow.parse import MAX_STEPS
 from tests.api.served import Served
 from tests.api.test_auth import refused
+from tests.conftest import PATIENCE_SECONDS
 
 YAML = {"content-type": "application/yaml"}
 FLOW = """
@@ -263,7 +264,7 @@ steps:
 
 
 async def _claimed(served: Served, ticket_id: str) -> Any:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not (claims := await served.store.claim("worker", lease_seconds=60, ticket_id=ticket_id)):
             await served.store.decided()
     return claims

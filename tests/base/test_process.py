@@ -15,6 +15,7 @@ import pytest
 
 from swarm.base import process
 from swarm.errors import CommandFailed, HostError
+from tests.conftest import PATIENCE_SECONDS
 
 
 def test_who_has_surely_ended() -> None:
@@ -141,7 +142,7 @@ asyncio.run(main())
     asyncio.get_running_loop().add_reader(fd, gone.set)
     parent.kill()
     await parent.wait()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         await gone.wait()
     asyncio.get_running_loop().remove_reader(fd)
     os.close(fd)

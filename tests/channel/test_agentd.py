@@ -21,6 +21,7 @@ from swarm.channel.dial import Endpoint
 from swarm.errors import AgentFailed, ChannelError, OutputInvalid, UsageError
 from swarm.model import FailureReason
 from tests.channel.agentd_here import TOKEN, Guest, frame, identity, raw, running, token
+from tests.conftest import PATIENCE_SECONDS
 
 
 @pytest.fixture
@@ -306,7 +307,7 @@ async def test_a_put_that_fails_leaves_the_connection_in_step(guest: Guest) -> N
 
 async def test_poweroff(guest: Guest) -> None:
     await guest.channel.poweroff()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         assert await guest.vm.wait() == f"agentd (pid {guest.vm.pid}) ended with status 0"
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import swarm
 from swarm.channel import frames
 from swarm.errors import ChannelError
+from tests.conftest import PATIENCE_SECONDS
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -31,7 +32,7 @@ def decode(data: bytes) -> tuple[list[frames.Frame], str]:
         reader.feed_data(data)
         reader.feed_eof()
         found = []
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while True:
                 try:
                     found.append(await frames.read(reader))

@@ -24,6 +24,7 @@ from swarm.channel.dial import Endpoint
 from swarm.channel.guest import Guest as Connections
 from swarm.errors import Conflict, NotFound, UsageError
 from tests.channel.agentd_here import TOKEN, Guest, running, serving
+from tests.conftest import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.slow  # starts programs
 
@@ -230,7 +231,7 @@ async def test_nobody_sees_half_of_a_file_and_a_broken_one_is_taken_up(guest: Gu
             if have and len(list(guest.work.glob(".swarm-*"))) == 1:
                 return have
 
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         have = await settled()
     assert await gf.uploaded(opens, "x", "other") == await gf.uploaded(opens, "no/dir", "u-1") == 0
     with pytest.raises(UsageError, match=r"only \d+ bytes of it are there"):
@@ -294,7 +295,7 @@ async def test_a_refusal_ends_the_sending(guest: Guest, opens: Open) -> None:
             sent += 1
             yield bytes(1 << 20)
 
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         with pytest.raises(Conflict, match="Not a directory"):
             await gf.write(opens, "file/x", endless())
     assert sent < 1000
@@ -310,7 +311,7 @@ async def test_a_file_of_this_host_keeps_mode_and_holes(guest: Guest, opens: Ope
         file.seek(100 << 30)
         file.write(b"end")
         file.truncate(101 << 30)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         assert await gf.get(opens, "sparse", tmp_path / "back") == 101 << 30
     assert (tmp_path / "back").stat().st_blocks < 1000
     with (tmp_path / "back").open("rb") as file:
@@ -423,7 +424,7 @@ async def test_a_watch_tells_what_changes(guest: Guest, opens: Open) -> None:
     told: set[tuple[str, str, str | None]] = set()
 
     async def until(changes: AsyncIterator[gf.Change], *wanted: tuple[str, str, str | None]) -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not told.issuperset(wanted):
                 one = await anext(changes)
                 told.add((one.event, one.path, one.to))
@@ -451,7 +452,7 @@ async def test_a_watch_tells_what_changes(guest: Guest, opens: Open) -> None:
         (guest.work / "file").write_text("1")
         await until(changes, ("written", "", None))
         (guest.work / "file").unlink()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             assert [one.event async for one in changes][-1] == "removed"
     with pytest.raises(NotFound):
         async with gf.watch(opens, "none"):
@@ -467,7 +468,7 @@ async def test_a_watch_that_is_too_much_says_so(guest: Guest, opens: Open) -> No
             for name in "ab":
                 (guest.work / name).chmod(0o600 + number % 2)
         os.kill(guest.vm.pid, signal.SIGCONT)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             async for one in changes:
                 if one.event == "lost":
                     break
@@ -480,7 +481,10 @@ async def test_a_watch_on_everything_is_bounded_and_says_so() -> None:
         async with running(Path(place)) as guest:
             for number in range(8300):
                 (guest.work / str(number)).mkdir()
-            async with gf.watch(guest.channel.converse, "/work", recursive=True) as changes, asyncio.timeout(60):
+            async with (
+                gf.watch(guest.channel.converse, "/work", recursive=True) as changes,
+                asyncio.timeout(PATIENCE_SECONDS),
+            ):
                 one = await anext(changes)
                 assert (one.event, one.why) == ("lost", "more than 8,192 directories")
 
@@ -518,7 +522,7 @@ async def test_a_port_of_the_guest(opens: Open) -> None:
                 await writer.wait_closed()
                 return data
 
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 answers = await asyncio.gather(*[ask(size) for size in (0, 1, 300_000, 3 << 20)])
             assert [len(one) for one in answers] == [1, 2, 300_006, (3 << 20) + 7]
             reader, writer = await asyncio.open_connection(ports.HOST, port)

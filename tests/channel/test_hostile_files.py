@@ -15,6 +15,7 @@ from swarm.channel import guest_files as files
 from swarm.channel import guest_trees as trees
 from swarm.errors import ChannelError, Conflict
 from tests.channel.test_hostile_guest import Answer, liar, ok, say
+from tests.conftest import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.slow  # starts servers
 
@@ -154,7 +155,7 @@ async def test_a_lie_is_a_channel_error(
     place = tmp_path_factory.mktemp("l")
     async with liar(place, lambda head: answer(head["id"])) as channel:
         with pytest.raises((ChannelError, Conflict)) as caught:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 await call(channel, place)
         assert len(str(caught.value)) < 2500
         assert isinstance(caught.value, ChannelError) or answer is LIES["a file below a link"][1]

@@ -18,6 +18,7 @@ from swarm.channel.dial import Endpoint
 from swarm.channel.proof import GUEST, proof
 from swarm.errors import AgentTimeout, ChannelError
 from tests.channel.agentd_here import TOKEN, frame, identity, serving
+from tests.conftest import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
 
@@ -149,7 +150,7 @@ async def test_a_lie_is_a_channel_error(
 ) -> None:
     async with liar(tmp_path_factory.mktemp("l"), lambda head: answer(head["id"])) as channel:
         with pytest.raises(ChannelError) as caught:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 await call(channel)
         assert len(str(caught.value)) < 2500
         assert str(caught.value).isprintable()

@@ -15,6 +15,7 @@ from swarm.channel.processes import Order
 from swarm.errors import ChannelError
 from tests.channel import agentd_here
 from tests.channel.test_hostile_guest import Answer, liar, ok, say
+from tests.conftest import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.slow  # starts servers
 
@@ -119,7 +120,7 @@ async def test_a_lie_is_a_channel_error(
 ) -> None:
     async with liar(tmp_path_factory.mktemp("l"), lambda head: answer(head["id"])) as channel:
         with pytest.raises(ChannelError) as caught:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 await call(channel)
         assert len(str(caught.value)) < 2500
         assert str(caught.value).isprintable()
@@ -132,7 +133,7 @@ async def test_a_guest_that_does_not_keep_a_time_limit_is_not_waited_for(
         order = Order(argv=["x"], timeout_seconds=0.01)
         async with processes.start(channel.converse, order, grace_seconds=0.01) as process:
             with pytest.raises(ChannelError, match="its time was up, and the guest did not stop it"):
-                async with asyncio.timeout(60):
+                async with asyncio.timeout(PATIENCE_SECONDS):
                     await process.exit()
 
 

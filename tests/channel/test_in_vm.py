@@ -25,6 +25,7 @@ from swarm.vm.driver import AGENTD_PORT, Image, VmSpec
 from swarm.vm.drivers.qemu import QemuDriver
 from swarm.vm.network.network import Network
 from tests.channel.conformance import CASES
+from tests.conftest import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.needs("qemu")
 T = TypeVar("T")
@@ -401,7 +402,7 @@ with socket.create_server(("127.0.0.1", 8000)) as server:
 def test_what_others_expect_of_a_sandbox(guest: Guest) -> None:
     async def work(open_: Open) -> None:
         for case in CASES:
-            async with asyncio.timeout(200):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 await case(open_, True)
 
     with_files(guest, work)

@@ -17,6 +17,7 @@ from swarm.channel.conversation import Open
 from swarm.channel.processes import SCROLLBACK_BYTES, Order, Process, run
 from swarm.errors import ChannelError, GuestRefused, UsageError
 from tests.channel import agentd_here
+from tests.conftest import PATIENCE_SECONDS
 
 EVERY_BYTE = bytes(range(256))
 
@@ -41,7 +42,7 @@ def sh(script: str, *arguments: str, **options: object) -> Order:
 async def heard(process: Process, text: bytes) -> None:
     """Until it has printed that."""
     found = b""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         async for _, data in process:
             found += data
             if text in found:

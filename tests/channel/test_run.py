@@ -19,6 +19,7 @@ from swarm.base import process
 from swarm.channel import Channel
 from swarm.errors import AgentTimeout, ChannelError
 from tests.channel.agentd_here import Guest, raw, running
+from tests.conftest import PATIENCE_SECONDS
 
 PYTHON = os.path.realpath(sys.executable)  # the guest's own /work may hide where this repository is
 
@@ -507,7 +508,7 @@ async def test_the_agent_dies_with_its_connection(guest: Guest, how: str) -> Non
             os.kill(guest.vm.pid, signal.SIGKILL)
         dead = asyncio.Event()
         asyncio.get_running_loop().add_reader(agent, dead.set)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await dead.wait()
         asyncio.get_running_loop().remove_reader(agent)
         os.close(agent)

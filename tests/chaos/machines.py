@@ -23,6 +23,7 @@ from typing import Final
 import psutil
 
 from swarm.base import process
+from tests.conftest import PATIENCE_SECONDS
 
 NET: Final = "10.78.0"
 _BRIDGE: Final = "chaos0"
@@ -77,7 +78,7 @@ class Host:
             ["unshare", "--net", "--mount", "--uts", "sleep", "infinity"], output=self.place / "machine.log"
         )
         pid, link, self.cut_off = self._machine.pid, f"v{self.name}", ""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while await asyncio.to_thread(_spaces, pid) == _spaces(os.getpid()):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         await _run("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", str(pid))
@@ -98,7 +99,7 @@ class Host:
         """As a machine that loses its power: nothing of it is left but its files."""
         if self._machine is None:
             return
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while there := await asyncio.to_thread(self.processes):
                 for one in there:
                     with contextlib.suppress(psutil.NoSuchProcess):
@@ -106,7 +107,7 @@ class Host:
                 await asyncio.sleep(0.01)
         machine, self._machine = self._machine, None
         await process.kill(machine)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             # Of this network namespace, which /sys may not be of.
             while f"v{self.name}" in {name for _, name in socket.if_nameindex()}:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)

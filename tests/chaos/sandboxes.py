@@ -39,6 +39,7 @@ from swarm.store.sandboxes.sandboxes import SandboxFilter
 from swarm.vm.image.staging import BUILDING
 from tests.chaos.campaign import Campaign, say
 from tests.chaos.engines import ENGINES
+from tests.conftest import PATIENCE_SECONDS
 
 MOST = 4  # live ones; no more are added meanwhile
 _PATIENCE_SECONDS = 40.0
@@ -211,7 +212,7 @@ class SandboxCampaign(Campaign):
             await snapshots.remove(one.id)
             await self.store.forget_snapshots([one.id])
         known = await self.store.snapshot_ids(host)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while True:
                 await snapshots.collect(known, new_seconds=0)
                 place = self.settings.snapshots

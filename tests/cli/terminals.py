@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from tests.conftest import PATIENCE_SECONDS
+
 
 class Terminal:
     """``seen``: all that was printed."""
@@ -49,7 +51,7 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self._ours, keys.encode())
 
-    def until(self, text: str, *, seconds: float = 60.0) -> str:
+    def until(self, text: str, *, seconds: float = PATIENCE_SECONDS) -> str:
         """All that was printed up to ``text``, which must come; the rest is for the next call."""
         wanted, deadline = text.encode(), time.monotonic() + seconds
         while wanted not in self.seen:
@@ -57,7 +59,7 @@ class Terminal:
         before, _, self.seen = self.seen.partition(wanted)
         return before.decode(errors="replace")
 
-    def status(self, *, seconds: float = 60.0) -> int:
+    def status(self, *, seconds: float = PATIENCE_SECONDS) -> int:
         """Its exit status; what it printed until then is in `seen`."""
         deadline = time.monotonic() + seconds
         while self.child.poll() is None:

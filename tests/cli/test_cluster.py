@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from swarm.base import process
+from tests.conftest import PATIENCE_SECONDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("netns", "ray")]
 BIN = Path(sys.executable).parent
@@ -100,7 +101,7 @@ class Cluster:
 
 
 async def until(check: Callable[[], Awaitable[object]]) -> None:
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not await check():  # noqa: ASYNC110
             await asyncio.sleep(0.2)
 

@@ -21,6 +21,7 @@ from swarm.vm.driver import Image
 from swarm.vm.network import netns
 from swarm.vm.slots.inventory import VmRecord
 from tests.agents.write import registered
+from tests.conftest import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.needs("qemu")
 BIN = Path(sys.executable).parent
@@ -175,7 +176,7 @@ def test_a_ticket_from_a_plain_insert_to_its_outputs(run: Run, settings: Setting
 
 
 async def _until_it_prints(settings: Settings, ticket_id: str) -> None:
-    async with wiring.store(settings) as store, store.watching() as wake, asyncio.timeout(120):
+    async with wiring.store(settings) as store, store.watching() as wake, asyncio.timeout(PATIENCE_SECONDS):
         while not any(event.kind == "output" for event in await store.events(ticket_id)):
             await wake.changed(timeout_seconds=5)
 

@@ -20,6 +20,7 @@ from swarm.config import Settings
 from swarm.model import Event, Ticket
 from swarm.store.store import Store
 from tests.api.served import ECHO
+from tests.conftest import PATIENCE_SECONDS
 
 # httpcore leaves it to Python to close a Unix socket that can't be connected.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket.socket:ResourceWarning")
@@ -47,7 +48,7 @@ async def server(settings: Settings) -> AsyncIterator[asyncio.subprocess.Process
     )  # fmt: skip
     try:
         assert process.stdout is not None
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             assert b"http://" in await process.stdout.readline()
         yield process
     finally:
@@ -87,7 +88,7 @@ async def test_every_line_comes_once(store: tuple[Settings, Store]) -> None:
             return [str(line) for line in s.tickets.get("t").output()]
 
     async def until_seen(number: int) -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while len(seen) < number:
                 at.clear()
                 await at.wait()
@@ -107,7 +108,7 @@ async def test_every_line_comes_once(store: tuple[Settings, Store]) -> None:
     async with server_here(settings):
         await until_seen(LINES)
         await opened.cancel("t", "test")
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await asyncio.gather(*tasks)
     assert seen == tasks[1].result() == [f"line {number}" for number in range(LINES)]
 

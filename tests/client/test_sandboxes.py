@@ -12,6 +12,7 @@ from swarm.app import serve
 from swarm.client import AsyncSandbox, AsyncSwarm, CommandFailed, Conflict, NotFound, SandboxEnded
 from swarm.config import Settings
 from swarm.vm.driver import Image
+from tests.conftest import PATIENCE_SECONDS
 from tests.engine.test_sandboxes import desk_at
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("qemu")]
@@ -61,14 +62,14 @@ async def test_a_vm_that_stays(settings: Settings, image: Image, tmp_path: Path)
             await box.write("data", data)
             counts = "n=0; while :; do n=$((n+1)); echo $n 1<> /work/n; sleep 1; done"  # never empty
             await box.exec("sh", "-c", counts, background=True, process="counts")
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 while not (await box.exec("cat n")).stdout:
                     pass
             who = "cat /etc/machine-id /etc/hostname; head -c 16 /dev/urandom | base64"
             first = (await box.exec(who)).stdout.splitlines()
             assert (await box.pause()).state == "paused"
             before = int((await box.exec("cat n", check=True)).stdout)  # which wakes it up
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 while int((await box.exec("cat n")).stdout or 0) <= before:
                     pass
             assert await box.read("data") == data

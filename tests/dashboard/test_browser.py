@@ -9,6 +9,7 @@ import pytest
 
 from swarm.model import Event, Succeeded
 from tests.api.served import Served
+from tests.conftest import PATIENCE_SECONDS
 from tests.dashboard import flows, scene
 from tests.dashboard.browser import Browser
 
@@ -73,7 +74,7 @@ async def test_a_page_in_the_background_asks_for_nothing(served: Served, chromiu
     async with chromium.another(f"{served.url}/"):
         await chromium.until("/Ready\\s*1/.test(document.querySelector('#now')?.textContent)")
         count = 1
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while await chromium.run("return /Ready\\s*1\\b/.test(document.querySelector('#now').textContent)"):
                 await served.add(f"more{count}")
                 count += 1

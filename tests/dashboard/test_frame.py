@@ -15,6 +15,7 @@ from swarm.api.auth import COOKIE
 from swarm.dashboard import render
 from swarm.dashboard.visible import slug, visible
 from tests.api.served import Served
+from tests.conftest import PATIENCE_SECONDS
 
 _PLACE = resources.files("swarm.dashboard")
 
@@ -63,7 +64,7 @@ async def test_an_open_page_is_told_of_changes_and_of_no_more(served: Served) ->
                     return count
             return count
 
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         assert await told("/live", "one") == 2
         assert await told("/live?ticket=two", "two") == 2
     assert (await served.nobody.get("/live")).status_code == 401
@@ -71,7 +72,7 @@ async def test_an_open_page_is_told_of_changes_and_of_no_more(served: Served) ->
 
 async def test_a_ticket_s_page_is_not_told_of_other_tickets(served: Served) -> None:
     await served.add("one")
-    async with asyncio.timeout(60), served.viewer.stream("GET", "/live?ticket=one") as answer:
+    async with asyncio.timeout(PATIENCE_SECONDS), served.viewer.stream("GET", "/live?ticket=one") as answer:
         lines = answer.aiter_lines()
         assert [await anext(lines) for _ in range(3)] == ["event: update", "data: 1", ""]
         await served.add("two")

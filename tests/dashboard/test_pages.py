@@ -19,6 +19,7 @@ from swarm.model import Event, Failed, FailureReason, Role, Succeeded, Ticket
 from swarm.store.registry.tokens import Actor, new_token
 from tests.api.served import ECHO, Served
 from tests.api.test_files import left
+from tests.conftest import PATIENCE_SECONDS
 from tests.dashboard import scene
 from tests.store.flows import register
 
@@ -59,7 +60,7 @@ async def test_now_shows_nothing_old_when_the_database_can_not_be_read(served: S
         sqlite3.connect(served.settings.data_dir / "swarm.db", isolation_level=None, timeout=60)
     ) as other:
         other.execute("ALTER TABLE workers RENAME TO elsewhere")
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while (await served.viewer.get("/")).status_code == 200:  # it is not known yet that something has changed
                 await served.store.tickets()
         assert (await served.viewer.get("/")).status_code >= 500

@@ -12,6 +12,7 @@ from swarm.engine.engine import Watcher
 from swarm.engine.worker import UNWRITTEN_BYTES, Worker
 from swarm.model import Claim, Outcome, Succeeded
 from swarm.store.store import Store
+from tests.conftest import PATIENCE_SECONDS
 from tests.store.bench_queue import ECHO, insert
 
 
@@ -28,7 +29,7 @@ class Printer:
         await asyncio.wait({waiting}, timeout=1)  # longer than the store waits for a lock: a write fails meanwhile
         assert not waiting.done()
         self.other.execute("ROLLBACK")
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await waiting
         return Succeeded(outputs="{}")
 
@@ -45,7 +46,7 @@ async def test_a_write_that_fails_once_stops_no_agent_for_ever(tmp_path: Path) -
         dispatcher = Dispatcher(store=store, worker=worker, wake=wake, max_vms=1, memory=None, grace_seconds=1.0)
         running = asyncio.create_task(dispatcher.run())
         try:
-            async with asyncio.timeout(90):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 while (states := [ticket.state for ticket in await store.tickets()]) != ["done"]:
                     assert states in (["ready"], ["in_progress"])
                     await asyncio.sleep(0.05)

@@ -10,6 +10,7 @@ import pytest
 from swarm.app import wiring
 from swarm.base import crash_points
 from swarm.store.claims import suspects
+from tests.conftest import PATIENCE_SECONDS
 from tests.engine.conftest import Bench, ended, engine_process, log_until, proved, serving
 
 pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
@@ -42,7 +43,7 @@ async def test_a_restart_ends_right(plain: Bench, point: str) -> None:
     agent = await plain.agent(AGENT.format(3 if "renew" in point else 0.4))
     plain.insert("a", agent.id)
     plain.insert("b", agent.id)
-    async with engine_process(plain, SWARM_FAULT=point) as engine, asyncio.timeout(60):
+    async with engine_process(plain, SWARM_FAULT=point) as engine, asyncio.timeout(PATIENCE_SECONDS):
         _, said = await engine.communicate()
         assert engine.returncode == -signal.SIGKILL, said.decode()
     assert await restart(plain, "a", "b") == ["done", "done"]

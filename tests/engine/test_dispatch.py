@@ -23,6 +23,7 @@ from swarm.engine.values import Values
 from swarm.engine.worker import Ended, Worker
 from swarm.errors import NoImage, StoreError
 from swarm.model import Claim, Outcome, RetryPolicy, Succeeded
+from tests.conftest import PATIENCE_SECONDS
 from tests.engine.conftest import Bench, ended, proved, running, serving
 
 pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
@@ -301,7 +302,7 @@ async def test_the_database_replaced_ends_it_with_one_clear_line(plain: Bench, h
     agent = await plain.agent(HANG)
     plain.insert("t", agent.id)
     with pytest.raises(StoreError, match="was changed from outside"):
-        async with running(plain) as (_, engine), asyncio.timeout(60):
+        async with running(plain) as (_, engine), asyncio.timeout(PATIENCE_SECONDS):
             await plain.until_it_prints()
             new = plain.dir / "new.db"
             sqlite3.connect(new, timeout=60).close()

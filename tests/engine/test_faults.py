@@ -22,6 +22,7 @@ from swarm.config import Settings
 from swarm.errors import HostError, StoreError
 from swarm.model import RetryPolicy, Ticket
 from swarm.vm.driver import Image
+from tests.conftest import PATIENCE_SECONDS
 from tests.engine.conftest import Bench, ended, engine_process, log_until, proved, running, serving
 
 DONE = "import json; json.dump({}, open('output.json', 'w'))"
@@ -102,7 +103,7 @@ async def test_an_outcome_that_cannot_be_written_ends_the_engine(settings: Setti
             agent = await bench.agent(f"print('up', flush=True)\nopen({str(gate)!r}).read()\n{big}")
             bench.insert("t", agent.id)
             with pytest.raises(StoreError, match="full"):
-                async with running(bench) as (_, engine), asyncio.timeout(60):
+                async with running(bench) as (_, engine), asyncio.timeout(PATIENCE_SECONDS):
                     await bench.until_it_prints()
                     ballast = fill(disk)
                     await asyncio.to_thread(gate.write_text, "go")

@@ -16,6 +16,7 @@ from swarm.config import Settings
 from swarm.engine import kept
 from swarm.errors import Conflict, StoreError
 from swarm.model import Snapshot
+from tests.conftest import PATIENCE_SECONDS
 from tests.engine.sandboxing import Desk
 
 
@@ -74,7 +75,7 @@ async def test_what_can_not_be_forgotten_is_not_tried_for_ever(settings: Setting
             expired = replace(made(desk, id), kind="attempt", host=socket.gethostname(), expires_at=1)
             await desk.store.add_snapshot(expired)
         desk.sql("CREATE TRIGGER keeps BEFORE DELETE ON snapshots BEGIN SELECT RAISE(IGNORE); END")
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await kept.collect(desk.store, files)
         assert desk.files() == []
 

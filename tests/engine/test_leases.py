@@ -9,6 +9,7 @@ import pytest
 
 from swarm.engine import leases
 from swarm.errors import StoreError
+from tests.conftest import PATIENCE_SECONDS
 
 
 @pytest.mark.parametrize("how", ["fails", "hangs"])
@@ -26,7 +27,7 @@ async def test_what_can_not_be_renewed_is_lost(how: str) -> None:
             await asyncio.Event().wait()
 
     keeping = asyncio.create_task(leases.keep(lambda: ["a"], renew, lost.set, lease_seconds=0.3))
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         await lost.wait()
     keeping.cancel()
 
@@ -54,7 +55,7 @@ async def is_lost(lease_seconds: float) -> bool:
             renewed.set()
 
     keeping = asyncio.create_task(leases.keep(look, renew, lost.set, lease_seconds=lease_seconds))
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         await renewed.wait()
     keeping.cancel()
     return lost.is_set()

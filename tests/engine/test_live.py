@@ -32,6 +32,7 @@ from swarm.live.client import Live
 from swarm.live.wire import NotHeld
 from swarm.model import Agent, Event, Sandbox, SandboxClaim, SandboxState
 from tests.channel.agentd_here import TOKEN, running
+from tests.conftest import PATIENCE_SECONDS
 
 AGENT = Agent(id="a", name="a", version="1", path=Path("/"), entry=("x",))
 
@@ -132,7 +133,7 @@ async def test_who_goes_away_ends_what_they_started(held: tuple[Holder, Path]) -
     box = Live(path, "box", by="anna")
     async with processes.start(box.open, Order(argv=["/bin/sleep", "1000"], process="left")) as process:
         assert process.pid and holder.talks == 1
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while holder.talks or not (await processes.processes(box.open))[0].ended:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     async with processes.start(box.open, Order(argv=["/bin/sleep", "1000"], process="stays", background=True)):
@@ -151,12 +152,12 @@ async def test_a_client_that_takes_nothing_holds_the_program_up(held: tuple[Hold
         while not (await conversation.receive()).payload:
             pass
         before = -1
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while (now := await _written(box)) != before:
                 before = now
                 await asyncio.sleep(0.2)
         assert now < 32 << 20
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while holder.talks:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
@@ -195,7 +196,7 @@ async def test_only_its_user_can_open_it_and_what_is_sent_to_it_is_bounded(held:
         reader, writer = await asyncio.open_unix_connection(path)
         writer.write(sent)
         writer.write_eof()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             said = await reader.read()
         assert b'"fault"' in said, sent
         writer.close()
@@ -279,12 +280,12 @@ async def test_who_goes_before_the_guest_has_begun_takes_no_place(tmp_path: Path
     async with live.serving(holder, tmp_path / "live") as path:
         _, writer = await asyncio.open_unix_connection(path)
         writer.write(frames.encode({"open": "exec", "sandbox": "box", "by": "x", "fields": {}}))
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not holder.talks:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         writer.close()
         await writer.wait_closed()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while holder.talks:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
@@ -304,7 +305,7 @@ async def test_a_guest_that_does_not_begin_is_not_waited_for() -> None:
     with theirs:
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         talk = Told(Conversation(reader, writer, "exec", 1), "exec", {"process": "p"}, sandbox(), by="anna")
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             assert await talk.begin(within_seconds=0.01)
         with pytest.raises(ChannelError, match=r"has not begun the program in 0\.01 s"):
             await talk.receive()

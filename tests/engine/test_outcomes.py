@@ -14,6 +14,7 @@ import pytest
 from swarm.base import process
 from swarm.base.clock import PHASES
 from swarm.engine.run_once import run_ticket
+from tests.conftest import PATIENCE_SECONDS
 from tests.engine.conftest import Bench
 
 pytestmark = pytest.mark.needs("qemu")
@@ -168,7 +169,7 @@ async def test_cancelled_while_it_runs(bench: Bench) -> None:
     running = asyncio.create_task(run_ticket(bench.store, bench.worker, "t"))
     await bench.until_it_prints()
     bench.sql("UPDATE tickets SET state = 'cancelled' WHERE id = 't'")
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         ticket = await running
     assert ticket.state == "cancelled"
     assert bench.live_vms() == []

@@ -17,6 +17,7 @@ from swarm.model import Claim, Outcome, Succeeded
 from swarm.store.store import Store
 from swarm.triggers.schedules import Scheduler
 from tests.cel.local import Local
+from tests.conftest import PATIENCE_SECONDS
 from tests.store.databases import ECHO, SqliteOutside, insert
 from tests.store.flows import register
 
@@ -55,7 +56,7 @@ class Agent:
 
 
 async def until(store: Store, holds: Callable[[], Awaitable[bool]]) -> None:
-    async with store.watching() as wake, asyncio.timeout(60):
+    async with store.watching() as wake, asyncio.timeout(PATIENCE_SECONDS):
         while not await holds():
             await wake.changed(timeout_seconds=0.1)
 

@@ -22,6 +22,7 @@ from swarm.errors import Conflict, NoSpace, UsageError
 from swarm.model import Snapshot
 from swarm.vm.driver import Image
 from tests.agents.write import registered
+from tests.conftest import PATIENCE_SECONDS
 from tests.engine.conftest import engine_process
 from tests.engine.sandboxing import Desk, background, opening, run, shell
 
@@ -191,7 +192,7 @@ async def test_one_that_starts_or_wakes_is_ended_at_once(desk: Desk) -> None:
             await desk.until(there)
 
         async def end(id: str) -> None:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 await engine.end(id, by="ann")
             row = await desk.store.sandbox(id)
             assert (row.state, row.error, row.hold_id) == ("ended", None, None)
@@ -221,7 +222,7 @@ async def test_programs_do_not_stand_still_for_ever(desk: Desk) -> None:
         assert live is not None
         await live.freeze()  # as a snapshot that could not thaw it leaves it
         engine.held["s"].used()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while live.frozen:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         assert await shell(engine, "s", "echo alive") == "alive"

@@ -9,6 +9,7 @@ from swarm.model import TERMINAL_TICKET_STATES, Ticket
 from swarm.triggers.schedules import Scheduler
 from swarm.workflow.definition import Schedule, Step, Workflow
 from tests.cel.local import Local
+from tests.conftest import PATIENCE_SECONDS
 from tests.engine.conftest import Bench, engine_process, log_until, serving
 
 YEARLY = Workflow(
@@ -64,7 +65,7 @@ async def test_an_engine_that_is_full_keeps_time(plain: Bench) -> None:
     agent = await plain.agent("import time\nprint('up', flush=True)\ntime.sleep(600)")
     plain.insert("t", agent.id)
     scheduler = Scheduler(store=plain.store, evaluator=Local())
-    async with serving(plain, max_vms=1, scheduler=scheduler), asyncio.timeout(60):
+    async with serving(plain, max_vms=1, scheduler=scheduler), asyncio.timeout(PATIENCE_SECONDS):
         await plain.until_it_prints()
         await nearly(plain)
 

@@ -25,6 +25,7 @@ from swarm.base.process import start_time
 from swarm.cli import service
 from swarm.model import RetryPolicy
 from swarm.vm.driver import OOM_SCORE
+from tests.conftest import PATIENCE_SECONDS
 from tests.engine.conftest import Bench, ended, engine_process, log_until, proved, serving
 
 pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
@@ -88,7 +89,7 @@ async def test_an_engine_with_a_server(plain: Bench) -> None:
         assert told["server"] == {"url": first.url, "pid": first.pid, "started": first.started, "public_url": ""}
         assert psutil.Process(first.pid).ppid() == told["engines"][0]["pid"], "not the engine's own process"
         os.kill(first.pid, signal.SIGKILL)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while (again := address.running(plain.settings)) is None or again.pid == first.pid:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         assert again.url in (await command(plain, "swarm-engine", "status"))[1]
@@ -322,7 +323,7 @@ async def test_logs_follow_a_running_ticket_from_another_process(plain: Bench) -
             sys.executable, "-m", "swarm.cli.main", "ticket", "logs", "-f", "t", env=env, stdout=subprocess.PIPE
         )
         assert following.stdout is not None
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             assert await following.stdout.readline() == b"first\n"
             assert (await plain.store.ticket("t")).state == "in_progress"
             await asyncio.to_thread(gate.write_text, "go")

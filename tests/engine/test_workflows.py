@@ -18,6 +18,7 @@ from swarm.engine.dispatch import Dispatcher
 from swarm.engine.run_once import run_ticket
 from swarm.model import Ticket
 from swarm.store.store import Store
+from tests.conftest import PATIENCE_SECONDS
 from tests.engine.conftest import Bench, ended, engine_process, log_until, proved, serving
 from tests.engine.test_crash import restart
 from tests.workflow.test_docs import INPUTS, OUTPUTS, blocks
@@ -133,7 +134,7 @@ async def test_a_crash_at_a_boundary(plain: Bench, point: str) -> None:
     await plain.agent(AGENT)
     log = plain.dir / "log"
     await add(plain, flow(CRASHING.format(log=log)))
-    async with engine_process(plain, SWARM_FAULT=point) as engine, asyncio.timeout(60):
+    async with engine_process(plain, SWARM_FAULT=point) as engine, asyncio.timeout(PATIENCE_SECONDS):
         _, said = await engine.communicate()
         assert engine.returncode == -signal.SIGKILL, said.decode()
     before = {step.step_id for step in await plain.store.steps("t") if step.status == "completed"}

@@ -33,6 +33,7 @@ import psutil
 from aiohttp import web
 
 from swarm.ledger import Limit
+from tests.conftest import PATIENCE_SECONDS
 from tests.gateway.conftest import KEY, ask, open_harness
 from tests.gateway.messages_api import MessagesApi
 
@@ -159,7 +160,7 @@ async def _child(module: str, file: Path, *words: str) -> AsyncIterator[str]:
         sys.executable, "-m", module, *words, str(file), stdout=asyncio.subprocess.DEVNULL
     )
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not file.exists():  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         yield file.read_text()

@@ -17,6 +17,7 @@ from swarm.gateway import policy, prices, upstreams
 from swarm.gateway.attempt_listener import MAX_CONNECTIONS, MAX_REFUSALS
 from swarm.gateway.policy import Policy
 from swarm.gateway.upstreams import UpstreamKeys
+from tests.conftest import PATIENCE_SECONDS
 from tests.gateway.conftest import KEY, Harness, ask, client_of, open_harness
 from tests.gateway.messages_api import MessagesApi
 
@@ -173,7 +174,7 @@ async def test_connections_of_one_vm_are_limited(harness: Harness, session: aioh
             found = psutil.Process(harness.gateway.pid).net_connections("tcp")
             return sum(one.laddr.port == int(port) for one in found) - 1  # the socket that listens
 
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while held() < MAX_CONNECTIONS:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         await asyncio.sleep(0.2)

@@ -23,6 +23,7 @@ import aiohttp
 import pytest
 
 from swarm.gateway.policy import Policy
+from tests.conftest import PATIENCE_SECONDS
 from tests.gateway.conftest import Harness
 
 HAIKU, OPUS = "claude-haiku-4-5", "claude-opus-5"  # $1 and $5, $5 and $25 for 10^6 tokens in and out
@@ -575,7 +576,7 @@ async def test_an_answer_that_costs_nothing_counts_as_failed(harness: Harness) -
             service.answers[str(number)] = answer
             await post(session, listener.env, str(number), exact(answer, 0))
             await harness.booked(number)
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 while listener.calls:
                     await asyncio.wait(listener.calls)
             assert listener.failed_calls == failed

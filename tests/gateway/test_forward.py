@@ -10,6 +10,7 @@ import anthropic
 import pytest
 
 from swarm.gateway.policy import Policy
+from tests.conftest import PATIENCE_SECONDS
 from tests.gateway.conftest import KEY, Harness, ask, client_of
 from tests.gateway.messages_api import HAIKU
 
@@ -62,7 +63,10 @@ async def test_an_answer_streams_unbuffered(harness: Harness) -> None:
     claim = await harness.claim()
     async with harness.listener(claim) as listener, client_of(listener) as client:
         heard = 0
-        async with asyncio.timeout(60), client.messages.stream(**ask("scenario=stepwise words=10")) as stream:
+        async with (
+            asyncio.timeout(PATIENCE_SECONDS),
+            client.messages.stream(**ask("scenario=stepwise words=10")) as stream,
+        ):
             async for _ in stream.text_stream:
                 heard += 1
                 harness.api.step.release()  # the next word is sent when this one has arrived

@@ -17,6 +17,7 @@ from swarm.gateway.attempt_listener import MAX_CONNECTIONS, MAX_FAILED_CALLS, At
 from swarm.gateway.policy import Policy
 from swarm.gateway.process import Server
 from swarm.ledger import Order
+from tests.conftest import PATIENCE_SECONDS
 from tests.gateway.conftest import KEY, Harness, ask
 
 OUTPUT_USD = 5 / 1e6  # a token of claude-haiku-4-5
@@ -208,7 +209,7 @@ async def test_who_hangs_up_before_the_call_was_sent_holds_no_money(harness: Har
         await asyncio.wait_for(reserved.wait(), 60)
         [call] = listener.calls
         writer.transport.abort()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while True:
                 if call.cancelling():
                     break
@@ -228,7 +229,7 @@ async def test_a_guest_that_reads_nothing_holds_no_descriptor(harness: Harness) 
         port = int(listener.env["ANTHROPIC_BASE_URL"].rpartition(":")[2])
         writer = await send(listener, json.dumps(ask("words=3000000", max_tokens=10**9)).encode())  # 15 MB
         writer.transport.pause_reading()  # type: ignore[attr-defined]
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while True:
                 if any(h.transport and h.transport.get_write_buffer_size() for h in listener._server.connections):
                     break
@@ -246,7 +247,7 @@ async def test_calls_that_fail_do_not_fill_the_books(harness: Harness) -> None:
         said = []
         for count in range(8):
             said.append(await post(listener, body))
-            async with asyncio.timeout(60):  # it is counted when it is booked, after its answer was sent
+            async with asyncio.timeout(PATIENCE_SECONDS):  # it is counted when it is booked, after its answer was sent
                 while listener.failed_calls < MAX_FAILED_CALLS - 5 + min(count + 1, 5):  # noqa: ASYNC110 - a number
                     await asyncio.sleep(0.01)
         assert [status for status, _ in said] == [429] * 8

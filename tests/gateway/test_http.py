@@ -13,6 +13,7 @@ from aiohttp import web
 
 from swarm.gateway.attempt_listener import AttemptListener
 from swarm.gateway.process import Server
+from tests.conftest import PATIENCE_SECONDS
 from tests.gateway.conftest import Harness, ask
 from tests.gateway.messages_api import HAIKU
 from tests.serving import serving
@@ -63,7 +64,7 @@ async def exchange(
     host, port = listener.env["ANTHROPIC_BASE_URL"].removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     token = f"x-api-key: {listener.token}\r\n{'connection: close' if close else 'x-a: b'}\r\n".encode()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         writer.write(pieces[0].replace(b"TOKEN\r\n", token))
         before = await reader.readuntil(pause.encode()) if pause else b""
         for piece in pieces[1:]:

@@ -244,7 +244,7 @@ async def test_the_sdk_and_the_shipped_agents_in_vms(gated: Bench, api: Messages
     haiku = await run_ticket(gated.store, gated.worker, "haiku")
     assert json.loads(haiku.outputs or "{}").get("text") == "word " * 6, haiku.error
     printed = [e for e in await gated.store.events("haiku") if e.kind == "output"]
-    assert len(printed) >= 3 and printed[0].at != printed[-1].at, "while it came"
+    assert len(printed) >= 2 and printed[0].at != printed[-1].at, "while it came"
 
 
 async def test_mini_swe_in_a_vm(gated: Bench, image: Image) -> None:

@@ -25,6 +25,7 @@ from swarm.gateway.link import MAX_BYTES, Link, encode
 from swarm.gateway.policy import Policy
 from swarm.gateway.process import Server
 from swarm.ledger import Limit, Order, Spend
+from tests.conftest import PATIENCE_SECONDS
 from tests.gateway.conftest import KEY, Harness, ask, client_of
 from tests.gateway.messages_api import HAIKU
 
@@ -40,7 +41,7 @@ def pid_of(harness: Harness) -> int:
 
 
 async def other_pid(harness: Harness, dead: int) -> int:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while harness.gateway.pid in (None, dead):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     return pid_of(harness)
@@ -97,7 +98,7 @@ async def test_it_dies_with_its_engine() -> None:
     engine = await asyncio.create_subprocess_exec(sys.executable, "-c", PARENT, stdout=subprocess.PIPE)
     try:
         assert engine.stdout is not None
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not (line := await engine.stdout.readline()).strip().isdigit():  # the log comes before it
                 assert line
         pid = int(line)
@@ -225,7 +226,7 @@ async def test_the_proxy_is_in_it_too(harness: Harness) -> None:
             for count in (1, 2):
                 async with session.get("http://127.0.0.1:1/", proxy=proxy.env["HTTP_PROXY"]) as answer:
                     assert answer.status == 403
-                async with asyncio.timeout(60):
+                async with asyncio.timeout(PATIENCE_SECONDS):
                     while len(events) < count:  # noqa: ASYNC110
                         await asyncio.sleep(0.01)
                 dead = pid_of(harness)

@@ -33,6 +33,7 @@ from swarm.errors import UsageError
 from swarm.gateway import hello, policy
 from swarm.gateway.proxy import MAX_EVENTS, EgressRules, Proxy, Refused, _FirstBytes
 from swarm.gateway.resolver import AT_ONCE, LOOKUP_SECONDS, Address, Resolve, resolved
+from tests.conftest import PATIENCE_SECONDS
 from tests.engine.conftest import Bench
 
 LOOPBACK = ipaddress.IPv4Network("127.0.0.0/8")
@@ -262,7 +263,7 @@ async def test_a_place_that_takes_nothing_holds_no_descriptor(site: Site) -> Non
         took[0].transport.pause_reading()  # type: ignore[attr-defined]
         writer.write(b"x" * (32 << 20))
         unread = bytearray(4)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not any(unread):
                 await asyncio.sleep(0.01)
                 fcntl.ioctl(took[0].get_extra_info("socket").fileno(), termios.FIONREAD, unread)

@@ -21,6 +21,7 @@ from swarm.model import Cancelled, Claim, Failed, FailureReason, Interrupted, Ou
 from swarm.store.store import Store
 from swarm.triggers.schedules import Scheduler
 from tests.cel.local import Local
+from tests.conftest import PATIENCE_SECONDS
 from tests.store.databases import ECHO, RETRY, Outside, account_of, claim_one, insert, left_overs
 from tests.store.flows import register
 
@@ -295,7 +296,7 @@ async def test_whoever_locks_a_ticket_and_its_attempt_begins_with_the_ticket(pos
             "cancel": lambda: store.cancel("t", by="ann"),
         }
         waiting = asyncio.create_task(work[what]())
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not await (await other.execute("SELECT FROM pg_locks WHERE NOT granted")).fetchall():  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         assert await (await other.execute("SELECT id FROM attempts FOR NO KEY UPDATE NOWAIT")).fetchall()

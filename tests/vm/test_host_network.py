@@ -20,6 +20,7 @@ from swarm.errors import HostError
 from swarm.vm.driver import AGENTD_PORT, GUEST_ADDRESS, GUEST_MAC, Slot
 from swarm.vm.network import netns
 from swarm.vm.network.network import Network
+from tests.conftest import PATIENCE_SECONDS
 from tests.vm.standin import Guest, host_state, nft, talk
 
 pytestmark = pytest.mark.needs("netns")
@@ -103,7 +104,7 @@ async def test_a_firewall_of_the_host_that_forgets_is_reminded(slot: Slot) -> No
     async with connected(slot) as (reader, guest):
         flush_connections()
         guest.write(b"the result\n")
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             assert await reader.readline() == b"the result\n"
 
 
@@ -134,7 +135,7 @@ async def test_what_the_bridge_loses_is_put_back_and_connections_go_on(network: 
         guest.write(b"the result\n")
         assert await network.mend()
         assert await network.fault(1) == ""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             assert await reader.readline() == b"the result\n"
         assert await talk(other.address, 22) == b"hello"
         assert not await second.reaches("10.0.0.1", 22) and not await second.reaches(str(slot.address), AGENTD_PORT)
@@ -227,7 +228,7 @@ async def test_routes_and_rules_of_others_cost_no_connection(
             assert says in await network.fault(1)
             if kind != "refusal":
                 guest.write(b"the result\n")
-                async with asyncio.timeout(60):
+                async with asyncio.timeout(PATIENCE_SECONDS):
                     assert await reader.readline() == b"the result\n"
                 _, writer = await asyncio.wait_for(dial(slot.agentd, [""], listening=True), 60)
                 writer.transport.abort()
@@ -250,7 +251,7 @@ async def test_a_rule_that_refuses_the_addresses_is_named(network: Network, slot
         finally:
             await process.run(["ip", "rule", "del", "pref", "70"])
         assert await network.fault(1) == ""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             assert await reader.readline() == b"the result\n"
 
 

@@ -28,6 +28,7 @@ from swarm.vm.launcher import Assignment, Launcher, LiveVm
 from swarm.vm.pool import Pool, PoolStatus
 from swarm.vm.slots.inventory import MAX_SLOT
 from swarm.vm.slots.slot_pool import SlotPool
+from tests.conftest import PATIENCE_SECONDS
 
 qemu = pytest.mark.needs("qemu")
 
@@ -70,7 +71,7 @@ def status_of(pool: Pool) -> PoolStatus:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not condition():  # noqa: ASYNC110 - the pool does not notify
             await asyncio.sleep(0.01)
 
@@ -308,7 +309,7 @@ async def test_what_a_killed_owner_had_ready_is_swept(launcher: Launcher, spec: 
         stdout=asyncio.subprocess.PIPE,
     )
     assert owner.stdout
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         async for line in owner.stdout:
             if line == b"full\n":
                 break

@@ -29,6 +29,7 @@ from swarm.vm.drivers.disk import WORK_DISK
 from swarm.vm.launcher import Assignment, Launcher, LiveVm
 from swarm.vm.slots import ssh
 from swarm.vm.snapshots import Snapshots
+from tests.conftest import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.needs("qemu")
 
@@ -392,7 +393,7 @@ async def test_a_guest_that_stops_by_itself_is_still_ended_after_it_was_saved(
         async with snapshots.stage() as stage:
             await launcher.save(live, stage)
         await cast(Any, live.vm)._qmp.execute("stop")  # as after an error of its CPU
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             assert "stopped the guest by itself" in await live.vm.wait()
 
 
@@ -403,7 +404,7 @@ async def test_a_vm_that_can_not_go_on_is_ended(launcher: Launcher, snapshots: S
             async with snapshots.stage() as stage, vm.pausing(stage.dir, freeze=live.freeze):
                 await vm._qmp.disconnect()  # so nothing can tell it to
                 raise BootFailed("the disk is full, say")
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             assert "could not go on" in await live.vm.wait()
 
 

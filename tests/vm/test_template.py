@@ -28,6 +28,7 @@ from swarm.vm.drivers.qemu import QemuDriver
 from swarm.vm.drivers.qemu_vm import MEMORY_FILE, STATE_FILE
 from swarm.vm.launcher import Launcher
 from swarm.vm.template import MANIFEST, Templates, key_of, shape
+from tests.conftest import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.slow  # starts programs, or tries very many cases
 
@@ -441,7 +442,7 @@ async def test_a_vm_that_dies_right_after_its_restore_is_not_waited_for(
     size = (blank.dir / MEMORY_FILE).stat().st_size
     os.truncate(blank.dir / MEMORY_FILE, 0)
     os.truncate(blank.dir / MEMORY_FILE, size)
-    async with asyncio.timeout(60):  # not the boot timeout
+    async with asyncio.timeout(PATIENCE_SECONDS):  # not the boot timeout
         with pytest.raises(BootFailed, match=r"did not come up|died|ended"):
             async with undoing() as undo:
                 await launcher.clone(blank, undo)
@@ -474,14 +475,14 @@ async def test_a_killed_build_is_swept_and_done_again(settings: Settings, image:
         sys.executable, "-c", dedent(code), env=own, stdin=subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
     )
     assert builder.stdout
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         async for line in builder.stdout:
             if b"share=on" in line:  # the log's line that says how QEMU is started
                 break
     builder.kill()
     await builder.communicate()
     [ours] = set(inventory.numbers()) - before
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         # A child that was just being forked holds its parent's locks until it executes its program.
         while set(inventory.numbers()) != before:
             await wiring.sweep(settings)

@@ -260,20 +260,19 @@ async def _until_signalled(work: Coroutine[Any, Any, int | None]) -> int | None:
 
     _stop.set(stop)
     task = asyncio.ensure_future(work)  # it sees `_stop`
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
-            loop.add_signal_handler(number, stop, number)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heeded = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]  # `nohup` ignores SIGHUP
+    for number in heeded:
+        loop.add_signal_handler(number, stop, number)
     try:
-        result = await task
-    except asyncio.CancelledError:
-        if seen:
-            raise _Stopped(seen[0]) from None
-        raise
+        return await task
     except BaseException:
-        if seen:  # it failed while it was being stopped: report only that it was stopped
-            raise _Stopped(seen[0]) from None
-        raise
-    return result
+        if not seen:
+            raise
+        for number in heeded:  # it has cleaned up: one more would only keep it from saying so
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
+        raise _Stopped(seen[0]) from None  # also if it failed meanwhile
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from swarm.store.claims.claim import ASIDE
 from swarm.store.sql.rows import Renewal
 from swarm.store.store import Store
 from swarm.store.tickets.room import Room
+from tests.conftest import PATIENCE_SECONDS
 from tests.store.databases import ECHO, LEASE, RETRY, Outside, claim_one, failed, insert, left_overs
 
 
@@ -163,7 +164,7 @@ async def test_cancelled_caller_hands_its_claim_back(store: Store, outside: Outs
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0):
             await store.claim("w", lease_seconds=LEASE)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not (claims := await store.claim("v", lease_seconds=LEASE)):
             pass
     assert claims[0].ticket.id == "t"
@@ -365,7 +366,7 @@ async def test_each_long_row_that_is_refused_has_a_transaction_of_its_own(store:
 async def test_a_long_row_that_does_not_fit_keeps_its_turn(store: Store, outside: Outside) -> None:
     insert(outside, "long", inputs=json.dumps({"x": "y" * 3_000_000}), priority=1)
     insert(outside, "small")
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         assert await store.claim("w", lease_seconds=LEASE, room=Room(memory_mb=1)) == []
 
 
@@ -409,7 +410,7 @@ async def test_it_waits_also_if_it_is_asked_for_alone_or_too_long_to_read(store:
         insert(outside, f"long{number}", agent_id="large", inputs=json.dumps({"x": "y" * 3_000_000}), priority=1)
     insert(outside, "small")
     room = Room(disk_mb=10_000, most_disk_mb=10_000, whole_disk_mb=100_000)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         assert await store.claim("w", ticket_id="long0", lease_seconds=LEASE, room=room) == []
         assert [one.ticket.id for one in await store.claim("w", limit=9, lease_seconds=LEASE, room=room)] == ["small"]
         assert await store.claim("w", limit=9, lease_seconds=LEASE, room=room) == []
@@ -421,7 +422,7 @@ async def test_one_that_no_statement_can_leave_out_fails(store: Store, outside: 
     await store.put_agent(replace(ECHO, id="large", version="2.0.0", disk_mb=30_000))
     insert(outside, "blob", agent_id=b"large", priority=1)
     insert(outside, "small")
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         assert (await claim_one(store, room=Room(most_disk_mb=10_000))).ticket.id == "small"
     assert "while other files fill the rest" in str((await store.ticket("blob")).error)
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 from swarm.store.claims import pace
 from swarm.store.sql.rows import milliseconds
 from swarm.store.store import Store
+from tests.conftest import PATIENCE_SECONDS
 from tests.store.databases import LEASE, Outside, claim_one, insert
 
 
@@ -22,7 +23,7 @@ async def test_small_tickets_go_between_large_ones(store: Store, outside: Outsid
     insert(outside, "bad", description=long)
     insert(outside, "small")
     began = list[str]()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while len(began) < 4:
             began += [claim.ticket.id for claim in await store.claim("w", limit=9, lease_seconds=LEASE)]
             due = await store.due()

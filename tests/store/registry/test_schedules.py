@@ -22,6 +22,7 @@ from swarm.store.store import Store
 from swarm.triggers.schedules import Scheduler
 from swarm.workflow.definition import Schedule, Step, Workflow
 from tests.cel.local import Local
+from tests.conftest import PATIENCE_SECONDS
 from tests.store.databases import Outside
 from tests.store.sql.test_faults import program, result
 
@@ -361,7 +362,7 @@ async def test_sleeping_until_it_is_due(store: Store, outside: Outside) -> None:
     await at(store, outside, "2026-01-01T09:59:59.700Z")
     await store.put_workflow(FLOW)
     task = asyncio.create_task(Scheduler(store=store, evaluator=Local()).run())
-    async with store.watching() as wake, asyncio.timeout(60):
+    async with store.watching() as wake, asyncio.timeout(PATIENCE_SECONDS):
         while not await made(store):
             await wake.changed(timeout_seconds=20)
     assert outside.now_ms() < milliseconds("2026-01-01T10:00:10Z")  # type: ignore[operator]

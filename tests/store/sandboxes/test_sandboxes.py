@@ -19,6 +19,7 @@ from swarm.store.sandboxes.share import Share
 from swarm.store.sandboxes.snapshots import SnapshotFilter
 from swarm.store.store import Store
 from swarm.store.tickets.room import Room
+from tests.conftest import PATIENCE_SECONDS
 from tests.store.databases import ECHO, LEASE, Outside, claim_one, insert
 from tests.store.sandboxes.test_holding import HOST, claim, pause_of, paused, started
 
@@ -275,7 +276,7 @@ async def test_a_cancelled_claim_goes_back(store: Store) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not (found := await claim(store, worker="v")):
             pass
     assert found[0].sandbox.id == made.id

@@ -26,7 +26,7 @@ from swarm.store.sql.threads import ConnectionThread
 from swarm.store.sql.transaction import Tx
 from swarm.store.store import Store
 from tests import postgres_here
-from tests.conftest import need
+from tests.conftest import PATIENCE_SECONDS, need
 from tests.store.databases import LEASE, Outside, PostgresBackend
 
 pytestmark = pytest.mark.slow
@@ -106,7 +106,7 @@ async def test_no_connection_is_left(hurt: Store, own_server: postgres_here.Serv
             await fails(late, "has no connection left for Swarm: raise max_connections", read=False)
             await works(hurt)
             others.pop().close()
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 while True:  # the server's process ends a moment later
                     with contextlib.suppress(StoreError):
                         await works(late)
@@ -149,7 +149,7 @@ async def blocked(store: Store, outside: Outside) -> asyncio.Task[Ticket]:
     outside.execute("BEGIN")
     outside.execute("LOCK TABLE tickets IN EXCLUSIVE MODE")
     task = asyncio.create_task(store.add_ticket(Ticket(id="t", title="t", state="draft")))
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while (waiting := outside.execute("SELECT pid FROM pg_locks WHERE NOT granted")) == []:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert len(waiting) == 1

@@ -26,7 +26,7 @@ from swarm.store.sql.transaction import Tx
 from swarm.store.sql.wake import FileWake
 from swarm.store.store import Store
 from tests import postgres_here
-from tests.conftest import need
+from tests.conftest import PATIENCE_SECONDS, need
 from tests.store.databases import ECHO, LEASE, Outside, PostgresBackend
 
 INSERT_TICKET = Sql("INSERT INTO tickets (id) VALUES (:id)")
@@ -65,7 +65,7 @@ async def test_a_commit_of_another_process_is_seen_at_once(store: Store, url: st
     async with store.watching() as wake:
         for number in range(40):
             other.stdin.write(f"{number}\n".encode())
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 assert await wake.changed(timeout_seconds=60)
             seen = time.monotonic_ns()
             late.append((seen - int(await other.stdout.readline())) / 1e6)

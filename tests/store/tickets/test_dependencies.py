@@ -9,6 +9,7 @@ import pytest
 from swarm.errors import Conflict
 from swarm.model import Succeeded, Ticket, TicketState
 from swarm.store.store import Store
+from tests.conftest import PATIENCE_SECONDS
 from tests.store.databases import ECHO, LEASE, Outside, claim_one, failed, insert
 
 
@@ -153,7 +154,7 @@ async def test_long_chain_is_answered_at_once(store: Store, outside: Outside) ->
         insert(outside, f"t{number:04}")
         outside.execute("INSERT INTO ticket_dependencies VALUES (?, ?)", (f"t{number:04}", f"t{number + 1:04}"))
     outside.execute("COMMIT")
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         assert await store.claim("w", lease_seconds=LEASE) == []  # the last one needs a ticket that does not exist
     assert outside.execute("SELECT count(*) FROM tickets WHERE state = 'failed'") == [(2000,)]
 

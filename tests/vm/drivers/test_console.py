@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from swarm.vm.drivers.console import HEAD_BYTES, TAIL_BYTES, Console, last_lines, printable
+from tests.conftest import PATIENCE_SECONDS
 
 
 async def test_a_flood_keeps_its_head_and_its_tail(tmp_path: Path) -> None:
@@ -36,7 +37,7 @@ async def test_a_flood_keeps_its_head_and_its_tail(tmp_path: Path) -> None:
 async def test_text_that_was_printed_before_the_wait(tmp_path: Path) -> None:
     console = Console(tmp_path / "console.log")
     os.write(console.fileno(), b"hello swarm-init: up\n")
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         await console.printed(b"swarm-init")
         await console.printed(b"hello")
     console.close()

@@ -32,7 +32,7 @@ from swarm.vm.drivers.firecracker import FirecrackerDriver
 from swarm.vm.drivers.process import ProcessDriver
 from swarm.vm.drivers.qemu import QemuDriver
 from swarm.vm.slots import ssh
-from tests.conftest import need
+from tests.conftest import PATIENCE_SECONDS, need
 from tests.vm import firecracker_here
 
 NOTHING = Path(os.devnull)
@@ -212,7 +212,7 @@ async def test_wait_ends_with_the_vmm(host: Host) -> None:
     async with host.vm() as guest:
         wait = asyncio.create_task(guest.vm.wait())
         os.kill(guest.vm.pid, signal.SIGKILL)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             said = await wait
         assert "\n" not in said
         assert said
@@ -307,7 +307,7 @@ async def test_it_dies_with_its_owner(host: Host) -> None:
             gone = death_of(pid)
             child.kill()
             await child.wait()
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 await gone
         await until(lambda: inside(place) == [])
         clear(place)
@@ -323,7 +323,7 @@ async def test_it_can_outlive_its_owner(host: Host) -> None:
         assert started is not None
         gone = death_of(pid)
         await process.kill_stranger(pid, started)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await gone
         await until(lambda: inside(place) == [])
         clear(place)
@@ -411,7 +411,7 @@ async def owner(
     child = await asyncio.create_subprocess_exec(sys.executable, "-c", source, stdin=pipe, stdout=pipe)
     try:
         assert child.stdout
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             line = await child.stdout.readline()
         assert line, "the owner started no VM"
         yield child, int(line)
@@ -459,7 +459,7 @@ def death_of(pid: int) -> asyncio.Future[None]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not condition():
             await asyncio.to_thread(os.sched_yield)
 

@@ -35,6 +35,7 @@ from swarm.vm.drivers.jailer import JailFile
 from swarm.vm.drivers.qemu import QemuDriver
 from swarm.vm.launcher import Assignment, LiveVm
 from swarm.vm.network import netns
+from tests.conftest import PATIENCE_SECONDS
 from tests.vm import firecracker_here
 from tests.vm.drivers.test_drivers import death_of, inside
 
@@ -123,7 +124,7 @@ async def test_every_call_is_accepted(settings: Settings, fc: FirecrackerDriver,
             assert described["drives"][1]["rate_limiter"]["bandwidth"]["size"] == 10_000_000
             assert described["network-interfaces"][0]["tx_rate_limiter"]["bandwidth"]["size"] == 1_500_000
             await vm.api.put("/actions", action_type="InstanceStart")
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 await vm.printed(b"Linux version")
             assert "Linux version" in vm.console.read_text()
             assert (await vm.api.get("/"))["state"] == "Running"
@@ -237,7 +238,7 @@ async def test_a_dead_owners_vm_is_swept(settings: Settings, fc: FirecrackerDriv
         assert jailer.holds(place, vm.pid)
         # As if its owner had died: the process that the death signal goes to.
         os.kill(vm._child.pid, signal.SIGKILL)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await died
         assert groups_of(name) or not cgroups.usable()[1]
         assert (place / "jail").exists()
@@ -277,7 +278,7 @@ def frozen(settings: Settings, talking: VmSpec, tmp_path_factory: pytest.TempPat
         async with places(settings) as [(place, slot)]:
             vm = await fc.boot(talking, slot, place, for_template=True)
             try:
-                async with asyncio.timeout(120):
+                async with asyncio.timeout(PATIENCE_SECONDS):
                     await vm.printed(b"Linux version")
                 await vm.snapshot(directory)
             finally:

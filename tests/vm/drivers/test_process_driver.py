@@ -17,6 +17,7 @@ from swarm.channel import Channel, Identity
 from swarm.errors import BootFailed, HostError
 from swarm.vm.driver import Driver, Image, Layer, Root, Template, Vm, VmSpec
 from swarm.vm.drivers.process import ProcessDriver
+from tests.conftest import PATIENCE_SECONDS
 
 NOTHING = Path(os.devnull)
 SPEC = VmSpec(
@@ -66,7 +67,7 @@ async def test_it_ends_also_when_its_owner_has_no_descriptors_left(place: Path) 
     try:
         with pytest.raises(HostError, match="Too many open files"):
             process.start_time(vm.pid)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await vm.kill()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
@@ -142,7 +143,7 @@ asyncio.run(main())
             fd = os.pidfd_open(pid)
             dead = asyncio.Event()
             asyncio.get_running_loop().add_reader(fd, dead.set)
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 await dead.wait()
             asyncio.get_running_loop().remove_reader(fd)
             os.close(fd)

@@ -23,6 +23,7 @@ from swarm.vm.driver import BASE_UID, Image, Slot, Template, VmSpec
 from swarm.vm.drivers.qemu import QemuDriver
 from swarm.vm.launcher import Assignment
 from tests.base.test_process import blocked_signals
+from tests.conftest import PATIENCE_SECONDS
 from tests.vm.drivers.test_drivers import Guest, inside
 from tests.vm.drivers.test_firecracker import seconds_to_send, seconds_to_write
 
@@ -50,7 +51,7 @@ async def test_a_vm_runs_without_rights_as_its_own_uid_and_dies_when_killed(
 ) -> None:
     vm = await driver.boot(spec, None, tmp_path)
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await vm.printed(b"swarm-init: up after")
         status = dict(
             line.split(":\t", 1) for line in Path(f"/proc/{vm.pid}/status").read_text().splitlines() if ":\t" in line
@@ -74,7 +75,7 @@ async def test_a_guest_that_panics_ends_its_vm(driver: QemuDriver, spec: VmSpec,
     broken = replace(spec, image=replace(spec.image, boot_args=f"{spec.image.boot_args} rdinit=/nothing init=/nothing"))
     vm = await driver.boot(broken, None, tmp_path)
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await vm.wait()
         assert "anic" in vm.console.read_text(errors="replace")
     finally:
@@ -110,7 +111,7 @@ async def test_a_guest_that_qemu_stops_is_not_waited_for(driver: QemuDriver, spe
     vm = await driver.boot(spec, None, tmp_path)
     try:
         await vm._qmp.execute("stop")  # as QEMU itself does after an error that it can't go on with
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             assert "QEMU stopped the guest by itself (paused)" in await vm.wait()
         assert inside(tmp_path) == []
     finally:

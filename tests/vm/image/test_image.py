@@ -23,6 +23,7 @@ from swarm.vm.driver import Image, host_tsc_khz
 from swarm.vm.image import build, staging
 from swarm.vm.image import image as image_module
 from swarm.vm.image.image import Images
+from tests.conftest import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.needs("root", "qemu")
 
@@ -454,7 +455,7 @@ async def test_a_killed_builder_takes_its_package_tools_along(tmp_path: Path) ->
     await parent.wait()
     gone = asyncio.Event()
     asyncio.get_running_loop().add_reader(fd, gone.set)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         await gone.wait()
     asyncio.get_running_loop().remove_reader(fd)
     os.close(fd)
