@@ -32,7 +32,8 @@ class Tool:
     program: str
     package: str  # in Debian
     version: tuple[str, ...]  # arguments that print its version
-    for_build_only: bool = False
+    only_for: str = ""  # the command that needs it
+    optional: bool = False  # many hosts do without that command
 
 
 TOOLS: Sequence[Tool] = (
@@ -45,8 +46,16 @@ TOOLS: Sequence[Tool] = (
     Tool(program="mkfs.ext4", package="e2fsprogs", version=("-V",)),
     Tool(program="ssh", package="openssh-client", version=("-V",)),
     Tool(program="ping", package="iputils-ping", version=("-V",)),
-    Tool(program="mmdebstrap", package="mmdebstrap", version=("--version",), for_build_only=True),
-    Tool(program="mkfs.erofs", package="erofs-utils", version=("-V",), for_build_only=True),
+    Tool(program="mmdebstrap", package="mmdebstrap", version=("--version",), only_for="swarm image build"),
+    Tool(program="mkfs.erofs", package="erofs-utils", version=("-V",), only_for="swarm image build"),
+    *(
+        Tool(program=program, package=program, version=("--version",), only_for=f"swarm image {command}", optional=True)
+        for command, programs in (
+            ("import", ("skopeo", "umoci")),
+            ("build --dockerfile", ("buildah", "crun", "slirp4netns")),
+        )
+        for program in programs
+    ),
 )
 
 # Name, kernel modules, command, its input. Each is tried in a temporary network namespace.
@@ -95,8 +104,10 @@ def _rights() -> list[Check]:
 async def _tool(tool: Tool) -> Check:
     name, fix = f"program {tool.program}", f"apt-get install --no-install-recommends {tool.package}"
     if which(tool.program) is None:
-        if tool.for_build_only:
-            return warn(name, "is missing: only `swarm image build` needs it", fix)
+        if tool.optional:
+            return ok(name, f"is not there: only `{tool.only_for}` needs it ({fix})")
+        if tool.only_for:
+            return warn(name, f"is missing: only `{tool.only_for}` needs it", fix)
         return fail(name, "is missing", fix)
     try:
         done = await run([tool.program, *tool.version], check=False, timeout_seconds=20)
