@@ -146,7 +146,7 @@ async def test_an_image_that_was_changed_is_not_used(layout: Layout, imported: I
     with file.open("r+b") as opened:
         opened.seek(5000)
         opened.write(b"changed")
-    with pytest.raises(ImageError, match=r"damaged.*`swarm image import x` to import it again"):
+    with pytest.raises(ImageError, match=r"damaged.*`swarm image import x` fetches it again"):
         await imported.layer("x")
     assert "sha256" in imported.damage(imported.info("x"))
     made, new = await imported.import_(ref, name="x")

@@ -89,7 +89,8 @@ class Imported:
         except FileNotFoundError:
             raise NotFound(missing(image)) from None
         except ImageError as error:
-            raise ImageError(f"{error}; run `swarm image import {image}` to import it again") from error
+            name = self.names().get(known_as(image))
+            raise ImageError(f"{error}; {_anew(image, name.source if name else '')} again") from error
 
     def named(self, digest: str) -> Layer | None:
         """The image with that `Layer.digest`, for VMs that are made from a list. Not verified."""
@@ -415,7 +416,12 @@ class Imported:
 
 
 def missing(image: str) -> str:
-    how = f"`swarm image import {image}` fetches it"
+    return f"the image {image!r} is not on this host: {_anew(image)}, `swarm image list` shows those that are here"
+
+
+def _anew(image: str, source: str = "") -> str:
     if image.startswith(BUILT):
-        how = f"`swarm agent build {image.removeprefix(BUILT).partition(':')[0]}` builds it"
-    return f"the image {image!r} is not on this host: {how}, `swarm image list` shows those that are here"
+        return f"`swarm agent build {image.removeprefix(BUILT).partition(':')[0]}` builds it"
+    if source.startswith(build.SOURCE):
+        return f"`swarm image build --name {image}` builds it"
+    return f"`swarm image import {image}` fetches it"
