@@ -379,19 +379,16 @@ async def test_a_vm_goes_on_after_it_was_saved_and_forks_and_its_pause_run(
 async def test_twenty_at_once(settings: Settings, fc: FirecrackerDriver, frozen: Template) -> None:
     """All alive at the same time, each as its own uid in its own namespaces, all from one file; then none."""
     async with places(settings, 20) as found:
-        began = time.monotonic()
         starting = [asyncio.create_task(fc.restore(frozen, slot, place)) for place, slot in found]
         vms: list[FirecrackerVm] = []
         try:
             vms = await asyncio.gather(*starting)
-            took = time.monotonic() - began
             assert len({vm.pid for vm in vms}) == 20
             assert len({status(vm.pid)["Uid"] for vm in vms}) == 20
             for vm in vms:
                 assert (await vm.api.get("/"))["state"] == "Running"
             private = [private_kb(vm.pid) for vm in vms]
             assert max(private) < 64 << 10, private
-            assert took < 60
         finally:
             for task in starting:
                 task.cancel()
