@@ -10,7 +10,7 @@ import re
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from typing import Any, Final, TypeAlias
 
@@ -85,6 +85,7 @@ class Connection:
     write: bool
     opened: files.OpenFiles | None = None
     lock_seconds: float = 0.0
+    row_types: dict[str, Callable[[Iterable[Any]], Any]] = field(default_factory=dict)
 
     def close(self) -> None:
         self.driver.close()
@@ -186,14 +187,14 @@ class Tx:
         new = {key: one for one in reads if (key := (one[0], tuple(one[1].items()))) not in self._ahead}
         if len(new) < 2:
             return
-        driver, cursors = self.connection.driver, dict[object, Any]()
+        driver, cursors = self.connection.driver, dict[tuple[str, Any], Any]()
 
         def ask() -> None:
             for key, (one, values) in new.items():
                 cursors[key] = driver.execute(self._text(one), values)
 
         self._send(ask, several=True)
-        self._ahead |= {key: _rows_of(cursor) for key, cursor in cursors.items()}
+        self._ahead |= {key: self._rows_of(cursor, new[key][0]) for key, cursor in cursors.items()}
 
     def some(self, statement: Sql, most_chars: int | None, **values: Any) -> tuple[list[Row], bool]:
         """The first rows, up to the one with which their texts are longer than that; and whether others may follow."""
@@ -204,7 +205,7 @@ class Tx:
             found = known
         else:
             self._execute(statement, values)
-            found = map(_row_type(tuple(column[0] for column in self._cursor.description)), self._cursor)
+            found = map(self._row_type(self._cursor, statement), self._cursor)
         rows, left = list[Row](), most_chars
         for row in found:
             rows.append(row)
@@ -397,7 +398,7 @@ class Tx:
             self._send()
         with contextlib.closing(self.dialect.streaming(self.connection.driver)) as cursor:
             cursor.execute(self._text(statement), values)
-            make = _row_type(tuple(column[0] for column in cursor.description))
+            make = self._row_type(cursor, statement)
             while rows := cursor.fetchmany(1000):
                 yield from map(make, rows)
 
@@ -405,7 +406,18 @@ class Tx:
         if (known := self._known(sql, values)) is not None:
             return known
         self._execute(sql, values)
-        return _rows_of(self._cursor)
+        return self._rows_of(self._cursor, sql)
+
+    def _rows_of(self, cursor: Any, sql: str) -> list[Row]:
+        rows = cursor.fetchall()
+        return list(map(self._row_type(cursor, sql), rows)) if rows else []
+
+    def _row_type(self, cursor: Any, sql: str) -> Callable[[Iterable[Any]], Any]:
+        """Kept for each statement: psycopg's description of a result costs more than its rows."""
+        if (found := self.connection.row_types.get(sql)) is None:
+            found = _row_type(tuple(column[0] for column in cursor.description))
+            self.connection.row_types[sql] = found
+        return found
 
     def _known(self, sql: str, values: Mapping[str, Any]) -> list[Row] | None:
         """What was read ahead."""
@@ -415,14 +427,6 @@ class Tx:
         """Is the database at fault, and not one statement?"""
         complete = partial(is_complete, self.connection, self.dialect)
         return explain(self.dialect, error, place="", busy_timeout_seconds=0.0, complete=complete) is not None
-
-
-def _rows_of(cursor: Any) -> list[Row]:
-    rows = cursor.fetchall()
-    if not rows:
-        return []
-    make = _row_type(tuple(column[0] for column in cursor.description))
-    return [make(row) for row in rows]
 
 
 def is_complete(connection: Connection, dialect: Dialect) -> bool:
