@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,7 +13,7 @@ from hypothesis import strategies as st
 from swarm.errors import UsageError
 from swarm.model import TicketState
 from swarm.store.sql.sqlite import SQLITE
-from swarm.store.sql.transaction import Tx
+from swarm.store.sql.transaction import Connection, Tx
 from swarm.store.tickets import pages
 from swarm.store.tickets.pages import TicketFilter
 
@@ -49,11 +47,6 @@ FILTERS = st.builds(
 )
 
 
-@dataclass
-class Connected:
-    driver: sqlite3.Connection
-
-
 @pytest.fixture(scope="module")
 def tx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tx]:
     """The real table and its indexes, without the triggers that set right what other programs write."""
@@ -65,7 +58,7 @@ def tx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tx]:
         upgrade(connection, SQLITE)
         for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
             connection.execute(f"DROP TRIGGER {name}")
-        yield Tx(Connected(connection), SQLITE)  # type: ignore[arg-type]
+        yield Tx(Connection(driver=connection, write=True), SQLITE)
 
 
 def fill(tx: Tx, tickets: list[Any]) -> list[dict[str, Any]]:
