@@ -191,6 +191,26 @@ def test_programs_and_files_of_a_sandbox(small: Guest) -> None:
     small.loop.run(work())
 
 
+def test_files_by_a_thread_that_has_started_another(small: Guest) -> None:
+    """That one follows a program for as long as it runs; whoever connects next may be served by the first."""
+
+    async def work() -> None:
+        live = small.live
+        order = Order(argv=["sleep", "1000"], background=True, process="stays")
+        beside = Connections(live.vm.endpoint, live.identity.token)
+        async with processes.start(beside.open, order) as stays:
+            await stays.started()
+        await beside.close()
+        for _ in range(8):
+            beside = Connections(live.vm.endpoint, live.identity.token)
+            await files.write(beside.open, "/etc/after", b"started", user="root")
+            assert await files.read_bytes(beside.open, "/etc/after") == b"started"
+            await beside.close()
+        await processes.signal(live.channel.converse, "stays", "KILL", descendants=True)
+
+    small.loop.run(work())
+
+
 def test_a_fork_goes_on_with_the_root_as_it_was(small: Guest, launcher: Launcher, snapshots: Snapshots) -> None:
     async def work() -> None:
         live = small.live

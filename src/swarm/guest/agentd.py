@@ -977,6 +977,8 @@ def file_op(operation: FileOp) -> FileOp:
             raise Refused(f"no such user: {user!r:.40}")
         try:
             if agentd.image_space >= 0:
+                # A thread that this one has started shares its root and directory, with which it could not go there.
+                libc("unshare", CLONE_FS)
                 libc("setns", agentd.image_space, CLONE_NEWNS)
             if agentd.in_vm:
                 act_as(*agentd.users[str(user)][:2])
@@ -2284,8 +2286,6 @@ class Agentd:
             log(f"can't start a thread: {error}")
 
     def attend(self, listener: socket.socket) -> None:
-        if self.image:
-            libc("unshare", CLONE_FS)  # or it could not go to another mount namespace
         while True:
             try:
                 sock, peer = listener.accept()
