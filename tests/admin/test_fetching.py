@@ -25,7 +25,7 @@ from swarm.app import doctor_wiring, sharing, wiring
 from swarm.base import host
 from swarm.base.files import is_full, make_directory, sha256_of
 from swarm.config import Settings
-from swarm.errors import ImageError, LayerMissing, NotFound
+from swarm.errors import ImageError, LayerMissing, NotFound, UsageError
 from swarm.model import Agent
 from swarm.store.hosts import Machine
 from swarm.store.store import Store
@@ -592,6 +592,10 @@ async def test_an_imported_image_comes_from_the_host_that_has_it(both: Hosts, tm
                 [] if image.startswith("sha256:") else [known_as(image)]
             )
             assert theirs.damage(theirs.list()[0]) == ""
+            for one in theirs.names().values():  # a registry may have a stranger's image under that name
+                assert one.source == others.SOURCE
+                with pytest.raises(UsageError, match="came from another host"):
+                    await theirs.is_behind(one)
         shutil.rmtree(both.second.images)
         for image in ("tool:2", info.digest[:30], "sha256:" + "0" * 64):
             with pytest.raises(NotFound, match=r"is not on this host: `swarm image import [^;]*$"):

@@ -207,10 +207,11 @@ async def test_an_engine_on_every_node(cluster: Cluster) -> None:
 
     # What a person has drained stays so.
     (again,) = await cluster.cluster("up")
-    await cluster.swarm("host", "drain", again["host_id"])
+    await cluster.swarm("host", "drain", again["host_id"], "--within", "3600")
     await cluster.cluster("down", "--drain")
     hosts = json.loads(await cluster.swarm("host", "list", "--json"))
-    assert [one["id"] for one in hosts if one["draining"]] == [again["host_id"]]
+    (drained,) = [one for one in hosts if one["draining"]]
+    assert drained["id"] == again["host_id"] and 0 < drained["put_back_seconds"] <= 3600
 
 
 @pytest.mark.parametrize("address", ["nonsense", "10.0.0.1:notaport", "", "local", "http://x", "127.0.0.1:1"])

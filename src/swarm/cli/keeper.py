@@ -132,9 +132,13 @@ class Keeper:
     async def _stop(self, engine: service.Process, *, drain: bool, within_seconds: float | None) -> None:
         id, ours = host.host_id(self._settings.state_dir) if drain else None, False
         if id:
-            shown = json.loads(await self._command("swarm.cli.main", "host", "show", id, "--json", seconds=60.0))
-            ours = not shown["host"]["draining"]
-            within = [] if within_seconds is None else [f"--within={within_seconds:g}"]
+            shown = json.loads(await self._command("swarm.cli.main", "host", "show", id, "--json", seconds=60.0))[
+                "host"
+            ]
+            ours = not shown["draining"]
+            # The sooner of the two times: ours, and that of whoever drains it already.
+            times = [one for one in (within_seconds, shown["put_back_seconds"]) if one is not None]
+            within = [f"--within={max(0.0, min(times)):g}"] if times else []
             await self._command("swarm.cli.main", "host", "drain", id, "--wait", *within, seconds=_STOP_SECONDS)
         await service.stop(engine, now=False, timeout_seconds=None)
         if id and ours:  # the drain was for this stop: the next engine here takes work

@@ -117,6 +117,18 @@ async def test_what_an_image_says_about_its_programs(layout: Layout, imported: I
     assert imported.named((await imported.layer("web")).digest) == await imported.layer("web")
 
 
+async def test_a_directory_that_an_image_names_and_does_not_have(layout: Layout, imported: Imported) -> None:
+    """Its program starts all the same: in /work. A link counts by where it leads in the image."""
+    files = layer(
+        folder("srv"), entry("file"), entry("in", kind=tarfile.SYMTYPE, link="/srv"),
+        entry("out", kind=tarfile.SYMTYPE, link="../../../usr"),
+    )  # fmt: skip
+    for named, found in {"/srv": "/srv", "srv": "/srv", "/in": "/in", "/none": "/", "/file": "/", "/out": "/"}.items():
+        await imported.import_(layout.add("x", [files], WorkingDir=named), name="x")
+        root = (await imported.layer("x")).root
+        assert root is not None and root.cwd == found, named
+
+
 async def test_one_file_system_with_two_configs_is_two_layers(layout: Layout, imported: Imported) -> None:
     """A template, and a snapshot, know a layer by its digest alone."""
     for name in ("a", "b"):

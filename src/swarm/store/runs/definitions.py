@@ -94,6 +94,7 @@ class Definitions:
         self.known: _Cache[Known] = _Cache()  # by run
 
     def begun(self, run_id: str, workflow_id: str, ticket_id: str) -> None:
+        """Remember a run that this transaction adds, if its workflow is prepared."""
         if (found := self._pinned.get(workflow_id)) is not None:
             self.known.put(run_id, Known(definition=found.definition, ticket_id=ticket_id, agents=tuple(found.agents)))
 
@@ -174,6 +175,7 @@ def _version(tx: Tx, reference: str) -> str:
 
 
 def names(references: Collection[str]) -> Sequence[str]:
+    """The agents that are meant, without their versions, in one order."""
     return sorted({one.partition("@")[0] for one in references})
 
 

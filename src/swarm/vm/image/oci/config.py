@@ -42,7 +42,7 @@ def root_of(config: Mapping[str, Any], root: Path, name: str) -> Root:
         path = env.get("PATH", _PATH)
         return Root(
             env=env,
-            cwd=cwd,
+            cwd=cwd if (place := find(root, cwd)) is not None and place.is_dir() else "/",
             user=_user(_text(given.get("User") or "", "User"), root),
             entry=_entry((*_words(given, "Entrypoint"), *_words(given, "Cmd")), path, cwd, root),
             stop_signal=_signal(given.get("StopSignal")),

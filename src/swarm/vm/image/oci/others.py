@@ -13,6 +13,8 @@ from swarm.vm.image.oci.info import ImportedInfo, key_of, stored_root
 from swarm.vm.image.oci.unpack import FILE
 
 IMPORTED: Final = "imported image"  # a kind, as those of `elsewhere`
+# Where such an image came from, as `Name.source` has it. No registry: there, its name may mean a stranger's image.
+SOURCE: Final = "another host"
 
 
 def offers(info: ImportedInfo, place: Path, manifest: Path, sha256: str) -> Iterator[Shared]:

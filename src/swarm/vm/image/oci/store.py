@@ -169,7 +169,8 @@ class Imported:
                     key = others.key(found.name)
                     await finish_uninterrupted(asyncio.to_thread(staging.move_in, stage, self.dir / key))
                     if not wanted.startswith("sha256:"):
-                        self._name(parse(wanted), Access(), key, str(self._manifest(key)["digest"]))
+                        reference = Reference(name=wanted, source=others.SOURCE)
+                        self._name(reference, Access(), key, str(self._manifest(key)["digest"]))
         return replace(found, why=f"and it can't be fetched: {found.why}" if found.why else "")
 
     # --- importing ----------------------------------------------------------------------------------------------------
@@ -300,6 +301,8 @@ class Imported:
         """Has its registry another image under that name by now? Files are always read again. Raises UsageError too."""
         if name.source.startswith(build.SOURCE):
             raise UsageError(f"{name.name} was built: `swarm image build` builds it again of what it is made of now")
+        if name.source == others.SOURCE:
+            raise UsageError(f"{name.name} came from another host: after `swarm image rm`, the next ticket fetches it")
         reference = Reference(name=name.name, source=name.source)
         return not reference.in_registry or await fetch.digest_of(reference, name.access) != name.digest
 
