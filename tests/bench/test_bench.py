@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import runpy
@@ -170,11 +171,9 @@ def test_what_a_killed_benchmark_leaves_is_swept(settings: Settings, image: Imag
         bare: list[int] = []
         while not bare and running.poll() is None:
             time.sleep(0.05)  # until the first bare VMM is there
-            bare = [
-                process.pid
-                for process in psutil.Process(running.pid).children()
-                if any("probe-bench-" in word for word in process.cmdline())
-            ]
+            for process in psutil.Process(running.pid).children():
+                with contextlib.suppress(psutil.NoSuchProcess):  # also of one that has just ended
+                    bare += [process.pid] if any("probe-bench-" in word for word in process.cmdline()) else []
     finally:
         running.kill()
         running.communicate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import secrets
@@ -446,8 +447,9 @@ async def test_time_does_not_pass_for_the_frozen(here: agentd_here.Guest, there:
         task = asyncio.create_task(run(there, sh("sleep 0.2; echo done", timeout_seconds=seconds)))
         while not any(one.ended is None for one in await processes.processes(there)) and not task.done():
             pass
-        await processes.freeze(here.channel.converse)
-        await asyncio.sleep(1.2 * seconds)
+        with contextlib.suppress(GuestRefused):  # also to freeze it within agentd's limit
+            await processes.freeze(here.channel.converse)
+            await asyncio.sleep(1.2 * seconds)
         await processes.thaw(here.channel.converse)
         if (done := await task).stdout:
             break

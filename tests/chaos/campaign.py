@@ -133,8 +133,9 @@ class Campaign(Engines):
         """Restart dead engines, then do one random thing; nothing if ``calm``, so that the last tickets can end."""
         for number, engine in self.engines.items():
             if engine.returncode is not None:
-                why = self.why_ended(engine)
-                assert why, f"seed {self.seed}: engine {number} ended with status {engine.returncode}"
+                why = self.why_ended(number)
+                status, seed = engine.returncode, self.seed
+                assert why, f"seed {seed}: engine {number} ended with status {status}: {self.last_lines()}"
                 self.done[why] += 1
                 await self.start(number)
         moves = {self.nothing: 1} if calm else self.strikes()
@@ -144,9 +145,8 @@ class Campaign(Engines):
         self.done[move.__name__] += 1
         await move()
 
-    def why_ended(self, engine: asyncio.subprocess.Process) -> str:
-        """By itself; '' if it may not."""
-        return "killed by a ticket" if self.guilty and engine.returncode == -signal.SIGKILL else ""
+    def why_ended(self, number: int) -> str:
+        return "killed by a ticket" if self.guilty and self.engines[number].returncode == -signal.SIGKILL else ""
 
     def strikes(self) -> dict[Callable[[], Awaitable[None]], int]:
         """What may happen, and how often."""
@@ -323,7 +323,7 @@ async def go(one: Campaign) -> tuple[Report, Counter[str]]:
         try:
             await one.run()
             statuses = await one.stop()
-            assert set(statuses) == {0}, f"seed {seed}: engines ended with {statuses}"
+            assert not statuses, f"seed {seed}: engines ended with {statuses}: {one.last_lines()}"
         finally:
             await one.kill()
         report = await one.verdict()

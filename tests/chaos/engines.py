@@ -104,6 +104,11 @@ class Engines:
     def log(self, number: int) -> Path:
         return self.settings.home / f"engine-{number}.log"
 
+    def last_lines(self) -> str:
+        """Of each engine's log, if the last engine wrote into a file."""
+        logs = [self.log(number) for number in self.engines if self.log(number).exists()]
+        return "\n".join(f"{log.name}: {line}" for log in logs for line in log.read_text().splitlines()[-10:])
+
     def log_in_file(self, number: int) -> int:
         return os.open(self.log(number), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
@@ -124,12 +129,17 @@ class Engines:
         if (reader := self.stalled.pop(number, None)) is not None:
             os.close(reader)
 
-    async def stop(self) -> list[int | None]:
-        """Send SIGTERM to all engines, once each serves: one that begins would just end. Returns their statuses."""
+    async def stop(self) -> dict[int, int]:
+        """Send SIGTERM to all engines, once each serves: one that begins would just end. Returns the statuses but 0."""
         for number, engine in self.engines.items():
             if await self.serves(number):
                 engine.terminate()
-        return [await asyncio.wait_for(engine.wait(), 60) for engine in self.engines.values()]
+        ended = {number: await asyncio.wait_for(engine.wait(), 300) for number, engine in self.engines.items()}
+        return {number: status for number, status in ended.items() if status and not self.why_ended(number)}
+
+    def why_ended(self, number: int) -> str:
+        """This engine, by itself; '' if it may not."""
+        return ""
 
     async def kill(self) -> None:
         for engine in self.engines.values():

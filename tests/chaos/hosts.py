@@ -169,8 +169,9 @@ class HostsCampaign(Campaign):
             self.fail_over: 1, self.nothing: 20,
         }  # fmt: skip
 
-    def why_ended(self, engine: asyncio.subprocess.Process) -> str:
+    def why_ended(self, number: int) -> str:
         """A service manager starts those again that found no database."""
+        engine = self.engines[number]
         return "found no database" if engine.returncode == 1 and engine.pid not in self.served else ""
 
     async def strike(self, *, calm: bool) -> None:
@@ -265,7 +266,7 @@ class HostsCampaign(Campaign):
         found = [record_of(file) for one in self.each for file in one.state_dir.glob("vms/*/vm.json")]
         return [record for record in found if record is not None]
 
-    async def stop(self) -> list[int | None]:
+    async def stop(self) -> dict[int, int]:
         for host in self.hosts:
             await self.heal(host.number)
         return await super().stop()

@@ -235,7 +235,7 @@ async def campaign(settings: Settings, *, seed: int, moves: int, kills: int) -> 
         try:
             await one.run()
             statuses = await one.stop()
-            assert set(statuses) == {0}, f"seed {seed}: engines ended with {statuses}"
+            assert not statuses, f"seed {seed}: engines ended with {statuses}: {one.last_lines()}"
             states = Counter(row.state for row in await one.rows())
         finally:
             await one.kill()

@@ -68,7 +68,7 @@ TAKEN = 64 << 10  # it is told whenever the program has taken that many
 BUSY_READS = 4  # of a program's output, so soon after each other: then it is given a moment to write more
 SOON_SECONDS = 0.01
 LINGER_SECONDS = 0.002
-FREEZE_SECONDS = 10.0
+FREEZE_SECONDS = 20.0
 
 USERS = {"agent": (1000, 1000, "/work"), "root": (0, 0, "/root")}
 RLIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 4096}
