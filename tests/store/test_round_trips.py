@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Coroutine, Iterator
+import contextlib
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import psycopg
 import pytest
 
-from swarm.errors import NotFound
+from swarm.errors import ChangeRefused, NotFound
 from swarm.model import Claim, Succeeded
-from swarm.store.sql.dialect import Sql
+from swarm.store.sql.dialect import Sql, Statement
+from swarm.store.sql.exchange import Exchange
+from swarm.store.sql.transaction import Tx
 from swarm.store.store import Store
 from tests.store.databases import LEASE, Outside, PostgresBackend, claim_one
 from tests.store.flows import ticket
@@ -43,28 +46,21 @@ async def store(postgresql_url: str) -> AsyncIterator[Store]:
 
 @contextmanager
 def ways(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What is sent alone, and each pipeline, by all connections."""
-    counted, within = list[str](), [0]
-    execute, enter, leave = psycopg.Cursor.execute, psycopg.Pipeline.__enter__, psycopg.Pipeline.__exit__
+    """What is sent together, and alone, by all connections."""
+    counted = list[str]()
+    execute, exchange = psycopg.Cursor.execute, Exchange.exchange
 
     def counting_execute(self: Any, query: Any, *args: Any, **options: Any) -> Any:
-        if not within[0]:
-            counted.append(str(query))
+        counted.append(str(query))
         return execute(self, query, *args, **options)
 
-    def counting_enter(self: Any) -> Any:
-        counted.append("several")
-        within[0] += 1
-        return enter(self)
-
-    def counting_leave(self: Any, *args: Any) -> Any:
-        within[0] -= 1
-        return leave(self, *args)
+    def counting_exchange(self: Exchange, statements: Sequence[Statement]) -> Any:
+        counted.append("; ".join(one[0] for one in statements))
+        return exchange(self, statements)
 
     with monkeypatch.context() as patched:
         patched.setattr(psycopg.Cursor, "execute", counting_execute)
-        patched.setattr(psycopg.Pipeline, "__enter__", counting_enter)
-        patched.setattr(psycopg.Pipeline, "__exit__", counting_leave)
+        patched.setattr(Exchange, "exchange", counting_exchange)
         yield counted
 
 
@@ -115,8 +111,19 @@ async def test_a_workflow_whose_definition_is_known_begins_in_one_transaction(st
 
 
 async def test_what_is_refused_leaves_the_prepared_statements(store: Store) -> None:
-    for number in range(10):  # psycopg prepares what is asked for the sixth time
+    for number in range(10):  # what is asked for again is prepared
         with pytest.raises(NotFound):
             await store.cancel(f"none-{number}", "ann")
     (row,) = await store._write.call(lambda tx: tx.all(PREPARED))
     assert row.number > 0
+
+
+async def test_what_was_not_committed_is_not_told_as_done(store: Store) -> None:
+    def swallows(tx: Tx) -> None:
+        tx.run(Sql("UPDATE clock SET offset_ms = 5"))
+        with contextlib.suppress(psycopg.Error):
+            tx.all(Sql("SELECT 1 / 0"))
+
+    with pytest.raises(ChangeRefused, match="was not committed"):
+        await store._write.call(swallows)
+    assert (await store._write.call(lambda tx: tx.all(Sql("SELECT offset_ms FROM clock"))))[0].offset_ms == 0

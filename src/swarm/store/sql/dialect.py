@@ -7,10 +7,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 from urllib.parse import unquote
 
 from swarm.errors import Locked, StoreError
@@ -49,6 +49,10 @@ class Sql(str):
     __eq__ = object.__eq__
     __ne__ = object.__ne__
     __hash__ = object.__hash__
+
+
+# As the driver takes it, with its values, and whether it may be prepared for the next time.
+Statement: TypeAlias = tuple[str, Mapping[str, Any] | Sequence[Any], bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +100,9 @@ class Dialect:
     alone: tuple[str, ...]
     translate: Callable[[str], str] | None  # a statement as the driver takes it
     streaming: Callable[[Any], Any]  # (driver's connection): a cursor for results that may not fit into memory
-    # Sends statements one after the other, without waiting for each answer.
-    pipeline: Callable[[Any], AbstractContextManager[Any]] | None
+    # (driver's connection, statements): sends them together. Their answers, as cursors, up to the first error, after
+    # which nothing is executed; and that error. None: each is executed by itself.
+    exchange: Callable[[Any, Sequence[Statement]], tuple[Sequence[Any], Exception | None]] | None
     # (driver's connection, statement, rows, whether each must change exactly one row): what to send, the values for it,
     # and whether it is a statement for each row, to be prepared; else it is one for all.
     changes: Callable[[Any, str, Sequence[Mapping[str, Any]], bool], tuple[str, Sequence[Any], bool]] | None

@@ -23,6 +23,7 @@ from psycopg.types.string import TextLoader
 
 from swarm.errors import StoreError, UsageError
 from swarm.store.sql.dialect import NOT_MIGRATED, OUT_OF_MEMORY, Dialect, said, without_password
+from swarm.store.sql.exchange import Exchange
 from swarm.store.sql.listen import Listener, Pooled
 from swarm.store.sql.together import together
 from swarm.store.sql.wake import Wake
@@ -65,7 +66,7 @@ _ERRORS: Final[tuple[tuple[tuple[str, ...], str], ...]] = (
     ),
     (("42P01", "42703", "42883"), NOT_MIGRATED),
     (("XX001", "XX002"), "the database {place} is damaged ({error}); restore a backup"),
-    (("08", "57P"), _LOST),
+    (("08", "57P", "25P03"), _LOST),
     (("53",), "the database {place} is out of resources ({error})"),
 )
 _ESCAPES: Final = "a '%' in its user or password is written %25, an '@' %40, a '/' %2F, a ':' %3A, a space %20"
@@ -119,7 +120,7 @@ def _parameters(url: str) -> dict[str, Any]:
 
 def _connect(url: str, write: bool, busy_timeout_seconds: float) -> Any:
     logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # it warns of what it raises too
-    connection = psycopg.connect(**_parameters(url), autocommit=True)  # transactions begin when we say so
+    connection = Exchange.connect(**_parameters(url), autocommit=True)  # transactions begin when we say so
     try:
         _prepare(connection, write, busy_timeout_seconds)
     except BaseException:
@@ -160,8 +161,7 @@ def _prepare(connection: Any, write: bool, busy_timeout_seconds: float) -> None:
     ).fetchone()
     if schema is not None:
         raise StoreError(_FOR_ALL.format(place=place, schema=schema))
-    if not direct:
-        connection.prepare_threshold = None
+    connection.prepares = direct
 
 
 # A function or an operator that another role makes in a schema of ours runs with our rights, where its types fit better
@@ -230,10 +230,15 @@ def _changes(
     return (text, found[1], False) if found is not None else (text, rows, True)
 
 
+_OPEN_TRANSACTION: Final = (psycopg.pq.TransactionStatus.INTRANS, psycopg.pq.TransactionStatus.INERROR)
+
+
 def _roll_back(connection: Any) -> None:
-    """psycopg's own makes it forget its prepared statements. After no error of the server they are all there."""
-    if connection.info.transaction_status is psycopg.pq.TransactionStatus.INTRANS:
-        connection.pgconn.exec_(b"ROLLBACK")
+    """psycopg's own would also remove all prepared statements."""
+    if connection.info.transaction_status in _OPEN_TRANSACTION:
+        done = connection.pgconn.exec_(b"ROLLBACK")
+        if done.status != psycopg.pq.ExecStatus.COMMAND_OK:
+            raise psycopg.OperationalError(done.get_error_message())
     else:
         connection.rollback()
 
@@ -346,7 +351,7 @@ POSTGRESQL: Final = Dialect(
     ),
     translate=translate,
     streaming=lambda connection: connection.cursor(name=f"swarm_{next(_numbers)}"),  # the server keeps the rows
-    pipeline=psycopg.Connection.pipeline,
+    exchange=lambda connection, statements: connection.exchange(statements),
     changes=_changes,
     connect=_connect,
     watching=_watching,

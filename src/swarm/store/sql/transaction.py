@@ -17,7 +17,7 @@ from typing import Any, Final, TypeAlias
 from swarm.base.realtime import ahead_of_others
 from swarm.errors import StoreError
 from swarm.store.sql import files
-from swarm.store.sql.dialect import Dialect, Sql, explain
+from swarm.store.sql.dialect import Dialect, Sql, Statement, explain
 from swarm.store.sql.reads import IN_CHUNK, Read, among
 from swarm.store.sql.rows import iso
 from swarm.store.sql.wake import Wake
@@ -89,6 +89,9 @@ class Connection:
 
     def close(self) -> None:
         self.driver.close()
+
+
+_COMMIT: Final = "COMMIT", (), False
 
 
 class Outdated(Exception):
@@ -164,8 +167,7 @@ class Tx:
     def written_by_others(self) -> int:
         """Another number than before whenever another connection has changed the database."""
         sql = _written_by_others(self.dialect)  # own changes don't matter to it
-        self._execute(sql, {})
-        return int(self._cursor.fetchone()[0])
+        return int(self._execute(sql, {}).fetchone()[0])
 
     def all(self, statement: Sql, **values: Any) -> list[Row]:
         return self._rows(statement, values)
@@ -180,21 +182,16 @@ class Tx:
     def ahead(self, reads: Iterable[Read]) -> None:
         """These will be read, unless something is written before: on one way to the server and back, together with the
         changes so far. Nothing, for a database that is no server."""
-        if self.dialect.pipeline is None:
+        if self.dialect.exchange is None:
             return
         if self._unwritten:
             self._ahead.clear()
         new = {key: one for one in reads if (key := (one[0], tuple(one[1].items()))) not in self._ahead}
         if len(new) < 2:
             return
-        driver, cursors = self.connection.driver, dict[tuple[str, Any], Any]()
-
-        def ask() -> None:
-            for key, (one, values) in new.items():
-                cursors[key] = driver.execute(self._text(one), values)
-
-        self._send(ask, several=True)
-        self._ahead |= {key: self._rows_of(cursor, new[key][0]) for key, cursor in cursors.items()}
+        answers = self._send(*[(self._text(one), values, True) for one, values in new.values()])
+        for (key, (one, _)), answer in zip(new.items(), answers, strict=True):
+            self._ahead[key] = self._rows_of(answer, one)
 
     def some(self, statement: Sql, most_chars: int | None, **values: Any) -> tuple[list[Row], bool]:
         """The first rows, up to the one with which their texts are longer than that; and whether others may follow."""
@@ -204,8 +201,8 @@ class Tx:
         if (known := self._known(statement, values)) is not None:
             found = known
         else:
-            self._execute(statement, values)
-            found = map(self._row_type(self._cursor, statement), self._cursor)
+            cursor = self._execute(statement, values)
+            found = map(self._row_type(cursor, statement), cursor)
         rows, left = list[Row](), most_chars
         for row in found:
             rows.append(row)
@@ -232,21 +229,21 @@ class Tx:
         if self.dialect.tell is not None and (table := _table(statement)) is not None:
             self._told.add(table)
 
-    def _execute(self, sql: str, values: Mapping[str, Any]) -> None:
+    def _execute(self, sql: str, values: Mapping[str, Any]) -> Any:
+        """A cursor."""
         self._note(sql)  # some change, and return rows
-        if self.dialect.pipeline is None:
-            if self._unwritten:
-                self.write()
-            self._cursor.execute(self._text(sql), values)
-        else:
-            self._send(lambda: self._cursor.execute(self._text(sql), values))
+        if self.dialect.exchange is not None:
+            return self._send((self._text(sql), values, True))[-1]
+        if self._unwritten:
+            self.write()
+        return self._cursor.execute(self._text(sql), values)
 
     def write(self, *, commit: bool = False) -> None:
         """Write the changes made so far. Takes the write lock, if there are any."""
         driver = self.connection.driver
-        if self.dialect.pipeline is not None:
+        if self.dialect.exchange is not None:
             if self._unwritten:
-                self._send((lambda: driver.execute("COMMIT", prepare=False)) if commit else None)
+                self._send()
             return
         unwritten = self._take_unwritten()
         if unwritten and not self._locked and self.dialect.lock is not None:
@@ -269,39 +266,34 @@ class Tx:
                 wake.mute()
         return unwritten
 
-    def _send(self, last: Callable[[], object] | None = None, *, several: bool = False) -> None:
-        """The transaction's begin, its changes so far, and ``last`` (``several``: statements), on one way to the server
-        and back, which stops at the first error."""
-        driver, changes, pipeline = self.connection.driver, self.dialect.changes, self.dialect.pipeline
-        assert changes is not None and pipeline is not None
-        # Before the pipeline, since it may ask the server.
+    def _send(self, *last: Statement) -> list[Any]:
+        """The transaction's begin, its changes so far, and ``last``, on one way to the server and back, which stops at
+        the first error. The answers to ``last``."""
+        answers, error = self._exchange(last)
+        if error is not None:
+            raise error
+        return answers
+
+    def _exchange(self, last: Sequence[Statement]) -> tuple[list[Any], Exception | None]:
+        driver, changes, exchange = self.connection.driver, self.dialect.changes, self.dialect.exchange
+        assert changes is not None and exchange is not None
         found = [changes(driver, str(one), rows, one in _ONE_ROW) for one, rows in self._take_unwritten()]
         begin, self._begin = self._begin, None
-        if begin is None and not found and not several:
-            if last is not None:
-                last()
-            return
-        moment = None
-        with pipeline(driver):
-            if begin is not None:
-                driver.execute(begin, prepare=False)
-                if self._timed and not self.knows_time:
-                    moment = driver.execute(self._text(_now_ms(self.dialect)))
-            for text, values, prepare in found:
-                if prepare:
-                    driver.cursor().executemany(text, values)
-                else:
-                    driver.execute(text, values, prepare=False)
-            if last is not None:
-                last()
-        if moment is not None:
-            self.now_ms = int(moment.fetchone()[0])
+        timed = begin is not None and self._timed and not self.knows_time
+        before: list[Statement] = [(begin, (), False)] if begin is not None else []
+        before += [(self._text(_now_ms(self.dialect)), {}, True)] if timed else []
+        for text, values, prepare in found:  # one for all rows, or one for each
+            before += [(text, row, True) for row in values] if prepare else [(text, values, False)]
+        answers, error = exchange(driver, [*before, *last]) if before or last else ([], None)
+        if timed and len(answers) > 1:
+            self.now_ms = int(answers[1].fetchone()[0])
+        return list(answers[len(before) :]), error
 
     def _text(self, statement: str) -> str:
         return statement if self.dialect.translate is None else self.dialect.translate(str(statement))
 
     def begin(self, statement: str) -> None:
-        if self.dialect.pipeline is not None:
+        if self.dialect.exchange is not None:
             self._begin = statement
         elif statement == self.dialect.begin_write:
             self._take_lock(statement)
@@ -323,8 +315,8 @@ class Tx:
             self.connection.lock_seconds += time.monotonic() - began
 
     def commit(self) -> None:
-        if self.dialect.tell is not None and (told := self.dialect.tell(self._told)) is not None:
-            self._commit_and_tell(told)
+        if self.dialect.exchange is not None:
+            self._commit_on_server()
             return
         if not self._unwritten and not self._locked:
             self.connection.driver.commit()
@@ -333,20 +325,16 @@ class Tx:
         with ahead_of_others():
             self.write(commit=True)
 
-    def _commit_and_tell(self, told: str) -> None:
-        """On one way to the server and back. Whether others can be told changes nothing that is committed."""
-        driver, sent = self.connection.driver, list[Any]()
-
-        def end() -> None:
-            sent.append(driver.execute("COMMIT", prepare=False))
-            driver.execute(told, prepare=False)
-
-        try:
-            with ahead_of_others():
-                self._send(end, several=True)
-        except self.dialect.driver_error:
-            if not sent or sent[0].statusmessage != "COMMIT":
-                raise
+    def _commit_on_server(self) -> None:
+        """And tell others, on one way to the server and back. Whether that can be told changes nothing that is
+        committed."""
+        if self._begin is not None and not self._unwritten:
+            return  # nothing was asked
+        told = self.dialect.tell(self._told) if self.dialect.tell is not None else None
+        with ahead_of_others():
+            answers, error = self._exchange((_COMMIT, (told, (), False)) if told is not None else (_COMMIT,))
+        if not any(answer.statusmessage == "COMMIT" for answer in answers):  # ROLLBACK, after an error before it
+            raise error or self.dialect.driver_error("the transaction was not committed")
 
     def _warm_up(self) -> None:
         """Read what will be written, before the lock is taken."""
@@ -405,8 +393,7 @@ class Tx:
     def _rows(self, sql: str, values: Mapping[str, Any]) -> list[Row]:
         if (known := self._known(sql, values)) is not None:
             return known
-        self._execute(sql, values)
-        return self._rows_of(self._cursor, sql)
+        return self._rows_of(self._execute(sql, values), sql)
 
     def _rows_of(self, cursor: Any, sql: str) -> list[Row]:
         rows = cursor.fetchall()
