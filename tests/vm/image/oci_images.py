@@ -91,6 +91,20 @@ class Layout:
         (self.dir / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": self._manifests}))
         return f"oci:{self.dir}:{tag}"
 
+    def index(self, tag: str, **images: str) -> str:
+        """One reference for several machines. ``images``: by architecture, the tags that they have."""
+        found = {one["annotations"]["org.opencontainers.image.ref.name"]: one for one in self._manifests}  # type: ignore[index]
+        each = [
+            {**found[one], "annotations": {}, "platform": {"os": "linux", "architecture": architecture}}
+            for architecture, one in images.items()
+        ]
+        kind = "application/vnd.oci.image.index.v1+json"
+        text = json.dumps({"schemaVersion": 2, "mediaType": kind, "manifests": each})
+        self._manifests = [one for one in self._manifests if one["annotations"] != _named(tag)]
+        self._manifests.append({**self._described(text.encode(), kind), "annotations": _named(tag)})
+        (self.dir / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": self._manifests}))
+        return f"oci:{self.dir}:{tag}"
+
     def _described(self, data: bytes, kind: str) -> dict[str, object]:
         return {"mediaType": kind, "digest": self.blob(data), "size": len(data)}
 

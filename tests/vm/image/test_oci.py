@@ -204,9 +204,10 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[oci_here.Regi
         yield one
 
 
-async def push(ref: str, to: str, registry: oci_here.Registry) -> None:
+async def push(ref: str, to: str, registry: oci_here.Registry, *options: str) -> None:
     way = [f"--dest-cert-dir={registry.cert_dir}", f"--dest-creds={oci_here.USER}:{oci_here.PASSWORD}"]
-    await run(["skopeo", "copy", *(way if registry.cert_dir else ["--dest-tls-verify=false"]), ref, f"docker://{to}"])
+    way = way if registry.cert_dir else ["--dest-tls-verify=false"]
+    await run(["skopeo", "copy", *options, *way, ref, f"docker://{to}"])
 
 
 def credentials(place: Path, registry: oci_here.Registry, password: str = oci_here.PASSWORD) -> str:
@@ -248,6 +249,46 @@ async def test_a_registry_with_tls_and_a_password(
     with pytest.raises(ImageError, match="no such image or tag"):
         await imported.import_(f"{registry.address}/team/tool:none", access=access)
     assert len(left(imported)) == 3
+
+
+async def test_an_image_for_several_machines(
+    tmp_path: Path, layout: Layout, imported: Imported, registry: oci_here.Registry
+) -> None:
+    """Its name stays that of all of them; this machine's part is what is kept."""
+    name = f"{registry.address}/team/many:1"
+    access = Access(cert_dir=registry.cert_dir, auth_file=credentials(tmp_path, registry))
+    layout.add("other", [layer(entry("other"))], architecture="s390x")
+    for command in ("one", "two"):
+        layout.add("here", [static()], Cmd=[command])
+        await push(layout.index("many", s390x="other", amd64="here"), name, registry, "--all")
+        image, new = await imported.import_(name, access=access)
+        assert new and not await imported.is_behind(image)
+        assert (await imported.import_(name, access=access))[1] is False
+        assert (await imported.layer(name)).root.entry == (command,)  # type: ignore[union-attr]
+    pinned, new = await imported.import_(f"{registry.address}/team/many@{image.digest}", access=access)
+    assert (pinned.key, new) == (image.key, False)
+    await push(layout.index("many", s390x="other"), name, registry, "--all")
+    with pytest.raises(ImageError, match=r"s390x|linux/amd64|architecture"):
+        await imported.import_(name, access=access)
+
+
+async def test_what_the_hosts_policy_does_not_allow(
+    tmp_path: Path, layout: Layout, imported: Imported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """policy.json: only what is signed, or nothing."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    policy = tmp_path / ".config" / "containers" / "policy.json"
+    policy.parent.mkdir(parents=True)
+    key = tmp_path / "key.gpg"
+    key.write_bytes(b"")
+    ref = layout.add("x", [static()])
+    for requirement in ({"type": "reject"}, {"type": "signedBy", "keyType": "GPGKeys", "keyPath": str(key)}):
+        policy.write_text(json.dumps({"default": [requirement]}))
+        with pytest.raises(ImageError, match="this host's policy of signatures refuses it"):
+            await imported.import_(ref)
+        assert left(imported) == []
+    policy.write_text(json.dumps({"default": [{"type": "insecureAcceptAnything"}]}))
+    assert (await imported.import_(ref))[1]
 
 
 async def test_a_registry_without_tls_only_when_asked(tmp_path: Path, layout: Layout, imported: Imported) -> None:
