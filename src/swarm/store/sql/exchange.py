@@ -1,7 +1,7 @@
 """PostgreSQL: statements that are sent together, on one way to the server and back.
 
-psycopg's own pipeline sends each by itself, and waits for the socket before each: that took a quarter of a step's time.
-Here all are written at once, as libpq's pipeline mode allows it, and psycopg adapts the values.
+psycopg's own pipeline waits for the socket before it sends each: that took a quarter of a step's CPU, and on a busy
+machine of its time. Here all are written without a wait, as libpq's pipeline mode allows it; psycopg adapts the values.
 """
 
 from __future__ import annotations
@@ -122,6 +122,7 @@ class Exchange(psycopg.Connection[tuple[Any, ...]]):
             self.pgconn.enter_pipeline_mode()
             for message in messages:
                 self._send(message, new, sent)
+                self.pgconn.flush()  # so that the server begins meanwhile
             self.pgconn.pipeline_sync()
             self._receive(results)
             self.pgconn.exit_pipeline_mode()
