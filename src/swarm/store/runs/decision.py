@@ -134,6 +134,8 @@ def expected(definitions: Definitions, run_id: str, keys: Sequence[str]) -> Iter
         yield ALL_STEPS, {"run_id": run_id}
         starts = [one for one, step in graph.steps.items() if not step.needs]
     else:
+        if definitions.contexts.get(run_id) is None:
+            yield _CONTEXT, {"id": run_id}
         touched = dict.fromkeys(_touched_by(graph, keys))
         if 0 < len(touched) <= _EXPECTED:
             yield among(STEPS, [f"{known.path}{key}" for key in touched], run_id=run_id)
