@@ -126,8 +126,10 @@ class Exchange(psycopg.Connection[tuple[Any, ...]]):
             self.pgconn.pipeline_sync()
             self._receive(results)
             self.pgconn.exit_pipeline_mode()
-        except psycopg.Error as broken:  # the connection
+        except psycopg.Error as broken:
             lost = broken
+            if self.pgconn.status != pq.ConnStatus.OK:  # whatever was refused because of that
+                lost = psycopg.OperationalError(f"the connection is lost: {self.pgconn.get_error_message()}")
         answers = list[Answer]()
         # One result more is that of the end: an error of what runs outside a transaction.
         for key, result in itertools.zip_longest(sent[: len(results)], results):
