@@ -80,6 +80,9 @@ class Proxy:
                     answers.cancel()
                     await asyncio.gather(answers, return_exceptions=True)
                     if how == "after":
+                        while not data.endswith(b"S\0\0\0\4"):  # Sync: before that it answers nothing
+                            data += (more := await reader.read(1 << 16))
+                            assert more
                         back.write(data)
                         await back.drain()
                         answer = b""
