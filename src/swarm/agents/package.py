@@ -56,7 +56,7 @@ _DebianPackage = Annotated[str, StringConstraints(pattern=DEBIAN_PACKAGE)]
 
 
 class _Strict(pydantic.BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)  # it is built when a file is read
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class _Retry(RetryFields, _Strict):
