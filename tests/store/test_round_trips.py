@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from swarm.errors import ChangeRefused, NotFound
+from swarm.errors import ChangeRefused, NotFound, StoreError
 from swarm.model import Claim, Succeeded
 from swarm.store.sql.dialect import Sql, Statement
 from swarm.store.sql.exchange import Exchange
@@ -128,3 +128,15 @@ async def test_what_was_not_committed_is_not_told_as_done(store: Store) -> None:
     with pytest.raises(ChangeRefused, match="was not committed"):
         await store._write.call(swallows)
     assert (await store._write.call(lambda tx: tx.all(Sql("SELECT offset_ms FROM clock"))))[0].offset_ms == 0
+
+
+async def test_columns_that_change_underneath(store: Store, outside: Outside) -> None:
+    """A prepared statement whose result has another type by now fails once, with its connection."""
+    outside.execute("INSERT INTO tickets (id, title, state) VALUES ('t', 'mine', 'draft')")
+    for change in ("ADD COLUMN own text", "ALTER COLUMN title TYPE varchar(9000)", "ALTER COLUMN title TYPE text"):
+        for _ in range(3):
+            assert (await store.ticket("t")).title == "mine"
+        outside.execute(f"ALTER TABLE tickets {change}")
+        with contextlib.suppress(StoreError, psycopg.errors.FeatureNotSupported):
+            await store.ticket("t")
+        assert (await store.ticket("t")).title == "mine"

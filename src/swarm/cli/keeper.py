@@ -132,9 +132,8 @@ class Keeper:
     async def _stop(self, engine: service.Process, *, drain: bool, within_seconds: float | None) -> None:
         id, ours = host.host_id(self._settings.state_dir) if drain else None, False
         if id:
-            shown = json.loads(await self._command("swarm.cli.main", "host", "show", id, "--json", seconds=60.0))[
-                "host"
-            ]
+            said = await self._command("swarm.cli.main", "host", "show", id, "--json", seconds=60.0)
+            shown = json.loads(said)["host"]
             ours = not shown["draining"]
             # The sooner of the two times: ours, and that of whoever drains it already.
             times = [one for one in (within_seconds, shown["put_back_seconds"]) if one is not None]

@@ -12,7 +12,6 @@ from typing import Any
 import psycopg
 import pytest
 
-from swarm.store.sql import exchange
 from swarm.store.sql.dialect import Statement
 from swarm.store.sql.exchange import Exchange
 from tests.store.databases import PostgresBackend
@@ -112,10 +111,8 @@ def test_what_can_not_be_sent_is_refused_before_anything_is(connection: Exchange
     assert one(connection, "SELECT * FROM numbers") == []
 
 
-def test_the_oldest_of_many_prepared_statements_is_forgotten(
-    connection: Exchange, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(exchange, "_MOST_KNOWN", 20)
+def test_the_oldest_of_many_prepared_statements_is_forgotten(connection: Exchange) -> None:
+    connection.most_known = 20
     for number in range(100):
         for _ in range(3):
             sent: list[Statement] = [

@@ -21,7 +21,6 @@ from psycopg.pq.abc import PGresult
 
 from swarm.store.sql.dialect import Statement
 
-_MOST_KNOWN: Final = 512  # statements; the oldest is forgotten
 _PARAMETER: Final = re.compile(r"%\((\w+)\)s|%s|%%")
 _BOTH: Final = select.POLLIN | select.POLLOUT
 _Key: TypeAlias = tuple[bytes, tuple[int, ...]]  # a statement, and the types of its values
@@ -100,6 +99,8 @@ class Answer:
 class Exchange(psycopg.Connection[tuple[Any, ...]]):
     """A connection that also sends statements together. One thread uses it."""
 
+    most_known = 512  # statements; the oldest is forgotten
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.prepares = True
@@ -162,7 +163,7 @@ class Exchange(psycopg.Connection[tuple[Any, ...]]):
         sent.append(None)
 
     def _forget_oldest(self) -> None:
-        if len(self._known) >= _MOST_KNOWN and (name := self._known.pop(next(iter(self._known)))):
+        if len(self._known) >= self.most_known and (name := self._known.pop(next(iter(self._known)))):
             self._forgotten.append(name.decode())
 
     def _receive(self, results: list[PGresult]) -> None:
