@@ -97,7 +97,9 @@ async def test_a_steps_end_and_the_next_ones_claim(
     assert outside.execute("SELECT count(*) FROM attempts WHERE outcome = 'succeeded'") == [(3,)]
 
 
-async def test_a_workflow_whose_definition_is_known_begins_in_one_transaction(store: Store, outside: Outside) -> None:
+async def test_a_workflow_whose_definition_is_known_begins_in_one_transaction(
+    store: Store, outside: Outside, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await ticket(store, outside, CHAIN)
     while not await store.claim("worker", lease_seconds=LEASE):
         await store.decided()
@@ -106,8 +108,10 @@ async def test_a_workflow_whose_definition_is_known_begins_in_one_transaction(st
     outside.execute(
         "INSERT INTO tickets (id, state, execution_mode, workflow_id) VALUES ('u', 'ready', 'workflow', ?)", (workflow,)
     )
-    claim = await claim_one(store)
+    with ways(monkeypatch) as counted:
+        claim = await claim_one(store)
     assert (claim.ticket.id, claim.step_id) == ("u", "s0")
+    assert [one for one in counted if "FROM workflows" in one and "FROM tickets" not in one] == []  # not on its own
     assert store.use()["write"]["transactions"] <= before + 2  # upkeep, perhaps, is an exact one
 
 

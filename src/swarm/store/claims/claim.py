@@ -76,6 +76,7 @@ class Claimer:
         self.workflows = workflows
         self.maintenance = Maintenance()
         self.pace = Pace()
+        self.last = list[str]()  # the workflow that began last, as its ticket named it: most likely the next one's too
 
     def claim(self, tx: Tx, requests: Sequence[ClaimRequest]) -> Sequence[Claimed | SwarmError]:
         return [self._one(tx, request) for request in requests]
@@ -237,7 +238,8 @@ class _ClaimTransaction:
             found = [Candidate(row, is_step=False) for row in self.tx.all(ready.READY_TICKET, id=one)]
             return sorted([*found, *(Candidate(row, is_step=True) for row in steps)], key=Candidate.turn)
         self.left_out = tuple(self.aside)
-        found, self.cut = ready.first(self.tx, **self._asked(limit, steps=self.steps))
+        expected = [] if self.tx.joined else [*map(workflows.by_id, self.claimer.last)]  # behind an end follow steps
+        found, self.cut = ready.first(self.tx, **self._asked(limit, steps=self.steps), expected=expected)
         return found
 
     @property
@@ -250,10 +252,9 @@ class _ClaimTransaction:
 
     def _step(self, row: Row) -> Work | None:
         """A ready step of a run that has begun; None if another tool took its ticket: then the step ends too."""
-        running = (TicketState.IN_PROGRESS, TicketState.WAITING)
         if row.ticket is None:
             self.changes.delete_runs([row.run_id])
-        elif row.state not in running or row.ticket_run != row.root_run:
+        elif row.state not in (TicketState.IN_PROGRESS, TicketState.WAITING) or row.ticket_run != row.root_run:
             self.changes.cancel_runs([row.root_run], error="the ticket was changed from outside")
         elif row.taken:
             fail_made_ready(self.changes, row)
@@ -356,6 +357,7 @@ class _ClaimTransaction:
     def _begin(self, row: Row, work: Work) -> None:
         """The run of a workflow; its first steps are claimed in the next round, when it is their turn."""
         wanted, ticket = work.ticket.workflow_id or "", work.ticket
+        self.claimer.last = [wanted]
         found = workflows.find(self.tx, wanted, once=True)
         if found is None:
             raise validation.unknown("workflow", wanted, self._names(workflows.NAMES))

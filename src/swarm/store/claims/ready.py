@@ -16,7 +16,7 @@ from swarm.store.sql.bounded import texts, too_long
 from swarm.store.sql.conditions import IS_HERE, RUN_DUE, STEP_WAITING, UNKNOWN_STATE
 from swarm.store.sql.database import REVISION
 from swarm.store.sql.dialect import Dialect, Sql
-from swarm.store.sql.reads import filled
+from swarm.store.sql.reads import Read, filled
 from swarm.store.sql.rows import LONG, TICKET_FIELDS
 from swarm.store.sql.transaction import Row, Tx
 from swarm.store.tickets import places
@@ -143,14 +143,15 @@ def first(
     pace: Pace | None,
     but: Sequence[str],
     marks: Sequence[str],
+    expected: Sequence[Read] = (),
 ) -> tuple[list[Candidate], bool]:
     """The next candidates, in their order; and whether more may follow, since rows are too long to read all at once.
     ``which``: values for READY_STEPS. ``pace``: None for all up to the limit, however long. ``but``: not of these
-    kinds. ``marks``: those that wait for what this host has (`places`)."""
+    kinds. ``marks``: those that wait for what this host has (`places`). ``expected``: what will likely be read next."""
     most = None if pace is None else MOST_CHARS
     of_tickets, of_steps = reads(which, limit=limit, steps=steps, pace=pace, but=but, marks=marks)
     found, cut = list[Candidate](), list[Candidate]()
-    tx.ahead([*of_tickets, *of_steps])
+    tx.ahead([*of_tickets, *of_steps, *expected])
     for statement, values in of_tickets:
         rows, more = tx.some(statement, most, **values)
         some, last = _whole(tx, rows, limit, pace)

@@ -12,6 +12,7 @@ from swarm.errors import Conflict, NotFound, StoreError
 from swarm.model import TERMINAL_TICKET_STATES
 from swarm.store.registry import schedules
 from swarm.store.sql.dialect import Sql
+from swarm.store.sql.reads import Read
 from swarm.store.sql.rows import dump, flag, lenient, value
 from swarm.store.sql.transaction import Row, Tx
 from swarm.store.sql.unique import unique
@@ -148,6 +149,11 @@ def workflow(tx: Tx, ref: str, *, once: bool = False) -> WorkflowRow:
         hint = versions.did_you_mean(ref, [one.name for one in tx.all(NAMES)])
         raise NotFound(f"no workflow {ref!r}{hint or '; `swarm workflow list` shows all'}")
     return _row(row)
+
+
+def by_id(ref: str) -> Read:
+    """What `find` reads first."""
+    return _BY_ID, {"ref": ref}
 
 
 def find(tx: Tx, ref: str, *, once: bool = False) -> Row | None:

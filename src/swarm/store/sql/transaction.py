@@ -186,7 +186,8 @@ class Tx:
             return
         if self._unwritten:
             self._ahead.clear()
-        new = {key: one for one in reads if (key := (one[0], tuple(one[1].items()))) not in self._ahead}
+        asked = {(one[0], tuple(one[1].items())): one for one in reads}
+        new = {key: one for key, one in asked.items() if key not in self._ahead and key not in self._once}
         if len(new) < 2:
             return
         answers = self._send(*[(self._text(one), values, True) for one, values in new.values()])
