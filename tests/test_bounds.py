@@ -28,7 +28,7 @@ def manifest(name: str, value: float) -> None:
 
 def agent_row(name: str, value: float) -> None:
     row = {field: getattr(ECHO, field) for field in agents.AGENT_FIELDS}
-    row |= dict.fromkeys(("secrets", "preload", "requirements", "packages"), "[]")
+    row |= dict.fromkeys(("secrets", "preload", "requirements", "packages", "npm"), "[]")
     row |= {"entry": '["main.py"]', "env": "{}", "requires": "{}", "retry": "{}", "path": "/nowhere"}
     row |= {"retry": f'{{"{name}": {value}}}'} if name in OF_RETRY else {name: value}
     agents.parse(SimpleNamespace(**row))

@@ -32,6 +32,7 @@ HOST_PORT: Final = rf"^(([A-Za-z0-9.-]{{1,253}}|\[[0-9a-fA-F:.]{{2,45}}\]):{_POR
 PATH: Final = r"^(/[A-Za-z0-9._~/-]+)?$"
 # Packages that an agent may require: pinned for PyPI, and never an option, a path or an address for pip or apt.
 REQUIREMENT: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,100}(\[[A-Za-z0-9,._-]{1,100}\])?==[0-9][0-9A-Za-z.+!_-]{0,60}$"
+NPM_PACKAGE: Final = r"^(@[a-z0-9][a-z0-9._-]{0,100}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,100}@[0-9][0-9A-Za-z.+-]{0,60}$"
 DEBIAN_PACKAGE: Final = r"^[a-z0-9][a-z0-9+.-]{1,80}(=[0-9][0-9A-Za-z.+:~-]{0,60})?$"
 # Each pattern in words, as "must be …". Error messages show these, never the pattern.
 IN_WORDS: Final = {
@@ -50,6 +51,7 @@ IN_WORDS: Final = {
     PRICED: "NAME=VALUE in lower case, such as speed=fast",
     HOST_PORT: "an address with a port, such as 192.168.7.5:7717, or nothing",
     PATH: "a path such as /v1/count, or nothing",
+    NPM_PACKAGE: "an npm package with its exact version, such as cowsay@1.6.0",
     DEBIAN_PACKAGE: "a Debian package such as git, or with its version, nodejs=18.19.0+dfsg-6",
 }
 

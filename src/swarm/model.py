@@ -264,6 +264,7 @@ class Agent:
     preload: tuple[str, ...] = ()
     requirements: tuple[str, ...] = ()  # from PyPI; built into a layer before the agent can run
     packages: tuple[str, ...] = ()  # from Debian, likewise
+    npm: tuple[str, ...] = ()  # from npm, likewise
     retry: RetryPolicy = RetryPolicy()
     idempotent: bool = False
     budget_usd: float | None = None  # for one step of a ticket, including retries
@@ -274,8 +275,13 @@ class Agent:
     requires: Mapping[str, str | bool | int] = field(default_factory=dict)  # labels that its host must have
 
     @property
+    def installs(self) -> bool:
+        return bool(self.requirements or self.packages or self.npm)
+
+    @property
     def needs_layer(self) -> bool:
-        return bool(self.requirements or self.packages)
+        """Upon Swarm's own root. What is installed upon an imported image is in that one's own."""
+        return self.installs and not self.imported
 
     @property
     def imported(self) -> bool:

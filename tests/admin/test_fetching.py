@@ -195,7 +195,7 @@ def make_layer(settings: Settings, agent: Agent = AGENT, *, size: int = SIZE) ->
     make_directory(stage)
     (stage / "layer.erofs").write_bytes(os.urandom(size))
     key = layers.key(agent, IMAGE)
-    layers._move_in(stage, key, shape, Installed(python={"greet": "1.0"}, debian={}, lacks={}))
+    layers._move_in(stage, key, shape, Installed(python={"greet": "1.0"}, npm={}, debian={}, lacks={}))
     return settings.layers / key
 
 

@@ -26,7 +26,8 @@ DONE = "open('output.json', 'w').write('{}')"
 CHANGED: dict[str, Any] = {
     "name": "other", "version": "1.0.1", "runtime": "exec", "entry": ("/bin/sh", "-c", "env"), "image": "0123abcd",
     "env": {"LD_PRELOAD": "/tmp/x.so"}, "secrets": ("KEY",), "network": "open", "preload": ("json",),
-    "requirements": ("x==1.0",), "packages": ("git",), "budget_usd": 1000.0, "budget_tokens": 10**6,
+    "requirements": ("x==1.0",), "packages": ("git",), "npm": ("x@1.0.0",),
+    "budget_usd": 1000.0, "budget_tokens": 10**6,
     "over_budget": "wait",
 }  # fmt: skip
 

@@ -44,6 +44,7 @@ inputs: {prompt: string, depth: {type: integer, default: 3}}
 outputs: {text: string}
 requirements: [requests==2.32.3, "uvicorn[standard]==0.30.1"]
 packages: [git, nodejs=18.19.0+dfsg-6]
+npm: [cowsay@1.6.0, "@scope/name@1.0.0-rc.1"]
 retry: {max_attempts: 3, on: [timeout]}
 examples:
   - {name: short, inputs: {prompt: hi}, outputs: {text: HI}}
@@ -51,6 +52,7 @@ examples:
 """))  # fmt: skip
     assert package.agent.requirements == ("requests==2.32.3", "uvicorn[standard]==0.30.1") and package.agent.needs_layer
     assert package.agent.packages == ("git", "nodejs=18.19.0+dfsg-6")
+    assert package.agent.npm == ("cowsay@1.6.0", "@scope/name@1.0.0-rc.1")
     assert [e.name for e in package.examples] == ["short", "example 2"] and package.examples[1].fails
     assert package.agent.retry.on == {FailureReason.TIMEOUT}
     assert parsed(str(package.agent.inputs_schema))["required"] == ["prompt"]
@@ -68,6 +70,12 @@ examples:
         ("requirements: ['git+https://evil/x==1']", "requirements.0"),
         ("packages: ['--allow-unauthenticated']", "packages.0"),
         ("packages: ['../evil.deb']", "packages.0: must be a Debian package such as git"),
+        ("npm: [cowsay]", "npm.0: must be an npm package with its exact version, such as cowsay@1.6.0"),
+        ("npm: ['cowsay@^1.6.0']", "npm.0"),
+        ("npm: ['x@npm:y@1.0.0']", "npm.0"),
+        ("npm: ['--global@1.0.0']", "npm.0"),
+        ("npm: ['@../x@1.0.0']", "npm.0"),
+        ("build: .\nnpm: [cowsay@1.6.0]", "can't be used with `build`: the Dockerfile installs them"),
         ("description: ''\nvcpus: 0", "line 5, column 8: vcpus: must be a whole number from 1 to 64, but is 0"),
         ("disk_mb_per_second: x", 'disk_mb_per_second: must be a number from 0.001 to 1,000,000, but is "x"'),
         ("network: lan", "network: must be 'none', 'gateway' or 'open', or a mapping, but is \"lan\""),
@@ -93,6 +101,22 @@ def test_bad_manifests(tmp_path: Path, more: str, said: str) -> None:
         agents.read(make(tmp_path, GOOD + more + "\n"))
     assert said in str(caught.value) and "agent.yaml" in str(caught.value)
     assert not re.search(r"\^\[|match pattern|Input|_[A-Z]|constrained|union", str(caught.value).partition("\n")[2])
+
+
+def test_what_is_added_to_an_image_names_the_agents_own(tmp_path: Path) -> None:
+    """By the image and the lists; not by their order, nor by the agent's files."""
+
+    def image(more: str) -> str:
+        package = agents.read_package(make(tmp_path, GOOD + more))
+        assert package.base == "python:3.12" and package.agent.installs and not package.agent.needs_layer
+        return str(package.agent.image)
+
+    first = image("image: python:3.12\nnpm: [a@1.0.0, b@1.0.0]\n")
+    assert re.fullmatch("agents/mine:[0-9a-f]{12}", first)
+    assert image("image: python:3.12\nnpm: [b@1.0.0, a@1.0.0]\n# changed\n") == first
+    assert image("image: python:3.12\npackages: [git]\n") != first
+    plain = agents.read_package(make(tmp_path, GOOD + "image: python:3.12\n"))
+    assert plain.base == "" and plain.agent.image == "python:3.12"
 
 
 def test_all_problems_at_once(tmp_path: Path) -> None:

@@ -94,11 +94,13 @@ async def archive(place: Path, debs: Sequence[Path], *, release: str) -> Path:
     return etc
 
 
-async def deb(place: Path, name: str, *, files: Mapping[str, str], postinst: str, depends: str = "") -> Path:
+async def deb(
+    place: Path, name: str, *, files: Mapping[str, str | bytes], postinst: str = "#!/bin/sh\n", depends: str = ""
+) -> Path:
     tree = place / name
     for inner, text in files.items():
         (tree / inner).parent.mkdir(parents=True, exist_ok=True)
-        (tree / inner).write_text(text)
+        (tree / inner).write_bytes(text if isinstance(text, bytes) else text.encode())
         (tree / inner).chmod(0o4755)  # set-id, which no guest may have
     (tree / "DEBIAN").mkdir(parents=True)
     (tree / "DEBIAN/control").write_text(
@@ -108,5 +110,5 @@ async def deb(place: Path, name: str, *, files: Mapping[str, str], postinst: str
     (tree / "DEBIAN/postinst").write_text(postinst)
     (tree / "DEBIAN/postinst").chmod(0o755)
     path = place / f"{name}_1.0_all.deb"
-    await run(["dpkg-deb", "--build", "--root-owner-group", str(tree), str(path)])
+    await run(["dpkg-deb", "--build", "-Znone", "--root-owner-group", str(tree), str(path)])
     return path

@@ -43,7 +43,8 @@ async def shipped(
         if on_request(one):
             lines.append(f"layer      of {one.name} {one.version} is large: `swarm agent build {one.name}` makes it")
         elif one.needs_layer:
-            content = frozenset(one.requirements), frozenset(one.packages), frozenset(own_modules(one).items())
+            wanted = one.requirements, one.packages, one.npm, own_modules(one).items()
+            content = tuple(frozenset(some) for some in wanted)
             agents_by_content.setdefault(content, []).append(agents.here(await store.agent(one.id), into))
     for users in agents_by_content.values():
         names = " and ".join(f"{one.name} {one.version}" for one in users)

@@ -26,7 +26,7 @@ from swarm.model import Agent
 # What a row can't change. Limits, time-outs, schemas and texts can be tuned in a row, within their bounds.
 BOUND_FIELDS: Final = (
     "name", "version", "runtime", "entry", "image", "env", "secrets", "network", "preload", "requirements", "packages",
-    "budget_usd", "budget_tokens", "over_budget",
+    "npm", "budget_usd", "budget_tokens", "over_budget",
 )  # fmt: skip
 
 

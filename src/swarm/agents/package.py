@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import uuid
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from swarm.fields import (
     DEBIAN_PACKAGE,
     MODULE,
     NO_NUL,
+    NPM_PACKAGE,
     REQUIREMENT,
     SERVICE,
     Labels,
@@ -53,6 +55,7 @@ _Domain = Annotated[str, AfterValidator(_domain)]
 _Service = Annotated[str, StringConstraints(pattern=SERVICE)]
 _Requirement = Annotated[str, StringConstraints(pattern=REQUIREMENT)]
 _DebianPackage = Annotated[str, StringConstraints(pattern=DEBIAN_PACKAGE)]
+_NpmPackage = Annotated[str, StringConstraints(pattern=NPM_PACKAGE)]
 
 
 class _Strict(pydantic.BaseModel):
@@ -129,6 +132,7 @@ class Manifest(_Strict):
     preload: tuple[_Module, ...] = ()
     requirements: tuple[_Requirement, ...] = Field(default=(), max_length=200)
     packages: tuple[_DebianPackage, ...] = Field(default=(), max_length=200)
+    npm: tuple[_NpmPackage, ...] = Field(default=(), max_length=200)
     retry: _Retry = _Retry()
     idempotent: bool = False
     budget_usd: float | None = bounded("budget_usd", None)
@@ -172,16 +176,18 @@ class Manifest(_Strict):
             raise ValueError("image and build both say what its root is: give only one")
         if self.entry is None and (self.runtime == "python" or not imported):
             raise ValueError("entry is missing")
-        if imported and (self.requirements or self.packages or self.preload):
-            which = f"the imported image {self.image!r}" if self.image else "an image that is built"
-            raise ValueError(
-                f"requirements, packages and preload can't be used with {which} yet: have what the agent needs in the "
-                "image"
-            )
+        if self.build and self.installs:
+            raise ValueError("requirements, packages and npm can't be used with `build`: the Dockerfile installs them")
+        if imported and self.preload:
+            raise ValueError("preload can't be used with an imported image")
         for name in ("inputs", "outputs"):
             if getattr(self, name) is not None and getattr(self, f"{name}_schema") is not None:
                 raise ValueError(f"{name} and {name}_schema are the same thing: give only one")
         return self
+
+    @property
+    def installs(self) -> bool:
+        return bool(self.requirements or self.packages or self.npm)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,11 +212,12 @@ class Build:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Package:
-    """An agent, and what its row in the database doesn't hold."""
+    """An agent, and what its row in the database doesn't hold. ``base``: the imported image that it adds to."""
 
     agent: Agent
     examples: tuple[Example, ...] = ()
     build: Build | None = None
+    base: str = ""
 
 
 def read(directory: Path) -> Agent:
@@ -243,6 +250,7 @@ def read_package(directory: Path) -> Package:
             for i, e in enumerate(given.examples, 1)
         ),
         build=_build(given.build, directory) if given.build else None,
+        base=given.image or "" if names_imported(given.image) and given.installs else "",
     )
 
 
@@ -264,19 +272,24 @@ def _build(given: _Build, directory: Path) -> Build:
 
 
 def _image(manifest: Manifest, directory: Path) -> str | None:
-    """An image that is built is named by all that it is built of: the agent's files."""
+    """An image that is built is named by all that it is built of: the agent's files, or an image and lists."""
     from swarm.agents.bundle import bundle_digest  # which imports this module
 
-    return f"{BUILT}{manifest.name}:{bundle_digest(directory)[:12]}" if manifest.build else manifest.image
+    if manifest.build:
+        return f"{BUILT}{manifest.name}:{bundle_digest(directory)[:12]}"
+    if names_imported(manifest.image) and manifest.installs:
+        added = [manifest.image, *map(sorted, (manifest.requirements, manifest.packages, manifest.npm))]
+        return f"{BUILT}{manifest.name}:{hashlib.sha256(json.dumps(added).encode()).hexdigest()[:12]}"
+    return manifest.image
 
 
 def _check_preload(manifest: Manifest, directory: Path) -> None:
     """An agent's own modules reach a template in its layer, so only an agent with a layer can preload them."""
     own = next((name for name in manifest.preload if (directory / f"{name}.py").is_file()), None)
-    if own and not manifest.requirements and not manifest.packages:
+    if own and not manifest.installs:
         raise UsageError(
-            f"{directory / MANIFEST}: preload: {own!r} is a file of this agent; only an agent with requirements or"
-            " packages can preload its own files"
+            f"{directory / MANIFEST}: preload: {own!r} is a file of this agent; only an agent with requirements,"
+            " packages or npm can preload its own files"
         )
 
 
@@ -349,6 +362,7 @@ def _agent(manifest: Manifest, path: Path) -> Agent:
         preload=manifest.preload,
         requirements=manifest.requirements,
         packages=manifest.packages,
+        npm=manifest.npm,
         retry=RetryPolicy(**manifest.retry.model_dump()),
         idempotent=manifest.idempotent,
         budget_usd=manifest.budget_usd,

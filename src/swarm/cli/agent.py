@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -189,7 +189,7 @@ async def layers_(
             i.built_at,
             render.size(i.size_bytes),
             " ".join(users) or "-",
-            " ".join(i.requirements + i.packages),
+            " ".join(i.requirements + i.packages + i.npm),
         )
         for i, users in found
     ]
@@ -313,35 +313,46 @@ def _is_path(source: str) -> bool:
 
 
 async def built_image(cli: Cli, package: Package, *, trusted: bool) -> None:
-    """Build the image of the agent's `build`, unless it is here, or on a host that shares it. ``trusted``: its author
-    is, with running programs in containers of this host."""
+    """Build the image of the agent's `build`, or of what it adds to an image, unless it is here, or on a host that
+    shares it. ``trusted``: its author is, with running programs in containers of this host."""
     import tempfile
 
     from swarm import agents
     from swarm.app import oneoff, wiring
     from swarm.errors import ImageError, NotFound, UsageError
+    from swarm.vm.image.oci import additions
     from swarm.vm.image.oci.build import Recipe
 
-    if (build := package.build) is None:
+    if not package.build and not package.base:
         return
-    name = package.agent.image or ""
+    agent, name = package.agent, package.agent.image or ""
+    added = additions.Additions(
+        base=package.base, requirements=agent.requirements, packages=agent.packages, npm=agent.npm
+    )
     async with oneoff.others(cli.settings) as others:
         images = wiring.imported(cli.settings, others)
-        try:
-            await images.layer(name)
+        if package.base:
+            if await additions.here(images, added, name=name):
+                return
+        else:
+            with suppress(NotFound, ImageError):
+                await images.layer(name)
+                return
+        if not trusted:
+            raise UsageError(
+                f"building the image of {agent.name} runs its author's programs on this host, in containers: unpack "
+                f"it, look at its {'Dockerfile' if package.build else 'agent.yaml'}, and give the directory"
+            )
+        if (build := package.build) is None:
+            with cli.out.progress(f"image of {agent.name}") as progress:
+                await additions.add(images, added, name=name, progress=progress)
             return
-        except (NotFound, ImageError):
-            if not trusted:
-                raise UsageError(
-                    f"building the image of {package.agent.name} runs its author's programs on this host, in "
-                    "containers: unpack it, look at its Dockerfile, and give the directory"
-                ) from None
         with tempfile.TemporaryDirectory(prefix="swarm-build-") as scratch:
-            copy = agents.install(package.agent.path, Path(scratch)).path  # just the files that name the image
+            copy = agents.install(agent.path, Path(scratch)).path  # just the files that name the image
             recipe = Recipe(
                 dockerfile=copy / build.dockerfile, context=copy / build.context, args=build.args, target=build.target
             )
-            with cli.out.progress(f"image of {package.agent.name}") as progress:
+            with cli.out.progress(f"image of {agent.name}") as progress:
                 await images.build(recipe, name=name, progress=progress)
 
 

@@ -13,16 +13,16 @@ from swarm.cli.ui.table import Column
 
 app = new_app("image", "Build guest images; import, list and remove others.")
 
-_PlainHttp = Annotated[
+PlainHttp = Annotated[
     bool, typer.Option("--plain-http", help="Reach the registry without TLS, or with any certificate.")
 ]
-_CertDir = Annotated[
+CertDir = Annotated[
     Path | None,
     typer.Option("--cert-dir", metavar="DIR", help="*.crt of authorities that sign the registry's certificate."),
 ]
 _AuthFile = Annotated[
     Path | None,
-    typer.Option("--auth-file", metavar="FILE", help="Credentials. Default: where `docker login` keeps them."),
+    typer.Option("--auth-file", metavar="FILE", help="Credentials. Default: those of `swarm registry login`."),
 ]
 
 
@@ -70,8 +70,8 @@ async def build(
         typer.Option("--secret", metavar="id=ID,src=FILE", help="For its RUN --mount=type=secret,id=ID."),
     ] = None,
     no_network: Annotated[bool, typer.Option("--no-network", help="Its RUN gets no network.")] = False,
-    plain_http: _PlainHttp = False,
-    cert_dir: _CertDir = None,
+    plain_http: PlainHttp = False,
+    cert_dir: CertDir = None,
     auth_file: _AuthFile = None,
 ) -> None:
     """Build the guest image, or with --dockerfile one for agents to run on. Needs root.
@@ -130,8 +130,8 @@ async def import_(
     name: Annotated[
         str, typer.Option("--name", metavar="NAME", help="What agents call it. Default: the reference.")
     ] = "",
-    plain_http: _PlainHttp = False,
-    cert_dir: _CertDir = None,
+    plain_http: PlainHttp = False,
+    cert_dir: CertDir = None,
     auth_file: _AuthFile = None,
 ) -> None:
     """Import an OCI or Docker image, for agents to run on. Needs root.

@@ -238,6 +238,10 @@ async def _agent(
         vcpus=vcpus or like.vcpus,
         disk_mb=disk_mb or like.disk_mb,
     )
+    if like.imported and (requirements or packages):
+        raise UsageError(
+            f"what the image {like.image!r} lacks can't be added for one run: `requirements` in agent.yaml"
+        )
     if like.needs_layer or like.imported:
         await built(cli, like)
     return like

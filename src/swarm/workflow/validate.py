@@ -415,7 +415,7 @@ def _lacks(own: Agent, theirs: Agent) -> str:
             return f"needs {name} {wanted}; that one's is {given}"
     if own.image is not None and own.image != theirs.image:
         return f"needs the image {own.image}"
-    for name in ("requirements", "packages"):
+    for name in ("requirements", "packages", "npm"):
         if missing := sorted({*getattr(own, name)} - {*getattr(theirs, name)}):
             return f"needs the {name} {', '.join(missing)}, which that one has not"
     return ""

@@ -7,11 +7,16 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import stat
+import subprocess
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from swarm.vm.driver import Image
+from tests import oci_here
 
 BUSYBOX = Path("/bin/busybox")
 NET_RAW = "\x01\x00\x00\x02\x00\x20\x00\x00" + "\x00" * 12  # capabilities(7): vfs_cap_data, cap_net_raw=ep
@@ -111,6 +116,29 @@ class Layout:
 
 def _named(tag: str) -> dict[str, str]:
     return {"org.opencontainers.image.ref.name": tag}
+
+
+def with_apt(image: Image, place: Path, *, source: str = "", **config: Any) -> str:
+    """A reference of Swarm's own Debian root as an image, with apt, and ``source`` as its sources.list."""
+    root = place / "debian"
+    subprocess.run(["fsck.erofs", f"--extract={root}", str(image.root)], check=True, capture_output=True)
+    for package in oci_here.APT.glob("*.deb"):
+        if package.name.partition("_")[0] not in image.packages:
+            files = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(package)], check=True, capture_output=True).stdout
+            # /lib is a link, and stays one
+            subprocess.run(["tar", "-x", "--keep-directory-symlink", f"--directory={root}"], input=files, check=True)
+    for name in ("etc/apt/apt.conf.d", "etc/apt/preferences.d", "var/lib/apt/lists/partial", "var/log",
+                 "var/cache/apt/archives/partial", "var/cache/debconf"):  # fmt: skip
+        (root / name).mkdir(parents=True, exist_ok=True)
+    (root / "etc/apt/sources.list").write_text(source)
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for one in sorted(root.iterdir()):
+            if one.name not in ("agent", "boot", "dev", "proc", "run", "sys", "work"):
+                tar.add(one, one.name)
+        tar.addfile(folder("run")[0])
+    shutil.rmtree(root)
+    return Layout(place / "debian-layout").add("debian", [packed.getvalue()], **config)
 
 
 def inventory(root: Path) -> dict[bytes, tuple[object, ...]]:

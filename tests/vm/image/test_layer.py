@@ -22,6 +22,7 @@ from swarm.vm.driver import Image, Layer, VmSpec
 from swarm.vm.drivers import firecracker
 from swarm.vm.image.layer import HostLayers, Layers
 from swarm.vm.launcher import Assignment
+from tests.vm.npm_here import npm_from, npm_package, npm_registry, served
 from tests.vm.packages_here import archive, deb, shared_object, wheel, wheels_from
 
 pytestmark = pytest.mark.needs("qemu")
@@ -88,6 +89,37 @@ def layer(layers: Layers, wheels: Path, image: Image) -> Layer:
     found = asyncio.run(layers.build(WANTS, image))
     assert found is not None
     return found
+
+
+@pytest.mark.needs("oci")  # for npm
+async def test_npm_packages(image: Image, tmp_path: Path) -> None:
+    """With Debian's Node, unless another is named; without their scripts."""
+    debian = tmp_path / "debian"
+    debian.mkdir()
+    node = await deb(debian, "nodejs", files={"usr/bin/node": "#!/bin/sh\n"}, postinst="#!/bin/sh\n")
+    layers = Layers(dir=tmp_path / "layers", sources=await archive(debian, [node], release="bookworm"))
+    hello = npm_package(
+        "hello", "1.0.0", {"cli.js": "1\n"}, programs={"hello": "cli.js"}, requires={"words": "1"}, script="touch /ran"
+    )
+    words = npm_package("words", "1.2.3", {"index.js": "2\n"})
+    with served(tmp_path) as address, npm_from(f"http://{address}/npm/", tmp_path):
+        npm_registry(tmp_path / "npm", f"http://{address}/npm", [hello, words])
+        layer = await layers.build(an_agent(npm=("hello@1.0.0",)), image)
+        with pytest.raises(UsageError, match=r"can't be installed: No matching version found for hello@9\.0\.0"):
+            await layers.build(an_agent(npm=("hello@9.0.0",)), image)
+    assert layer is not None and layer == await layers.find(an_agent(npm=("hello@1.0.0",)), image)
+    await run(["fsck.erofs", f"--extract={tmp_path / 'found'}", "--no-preserve", str(layer.path)])
+    found = tmp_path / "found"
+    assert names(found / "node_modules") == [".bin", ".package-lock.json", "hello", "words"]
+    assert (found / "usr/local/bin/hello").readlink() == Path("../../../node_modules/.bin/hello")
+    assert (found / "usr/bin/node").exists() and not (found / "ran").exists() and not Path("/ran").exists()
+    (info,) = layers.list()
+    assert info.npm == ("hello@1.0.0",) and info.installed == {"hello": "1.0.0", "words": "1.2.3", "nodejs": "1.0"}
+
+    (tmp_path / "npm-cache").rename(tmp_path / "cache")
+    with npm_from(f"http://{address}/npm/", tmp_path), pytest.raises(ImageError, match="can't reach the registry"):
+        await layers.build(an_agent(npm=("hello@1.0.0",)), image, force=True)  # which is gone
+    assert await layers.find(an_agent(npm=("hello@1.0.0",)), image) == layer
 
 
 PROBE = """

@@ -251,6 +251,29 @@ async def test_a_registry_with_tls_and_a_password(
     assert len(left(imported)) == 3
 
 
+async def test_credentials_that_are_kept(
+    tmp_path: Path, layout: Layout, imported: Imported, registry: oci_here.Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable in ("REGISTRY_AUTH_FILE", "XDG_RUNTIME_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    name = f"{registry.address}/team/kept:1"
+    await push(layout.add("x", [static()], Cmd=["one"]), name, registry)
+    swarm = [str(Path(sys.executable).with_name("swarm")), "registry"]
+    argv = [*swarm, "login", registry.address, "-u", oci_here.USER, "--cert-dir", registry.cert_dir]
+    wrong = await run(argv, input=b"wrong\n", check=False)
+    assert wrong.returncode == 2 and b"the registry wants other credentials" in wrong.stderr
+    assert (await run(argv, input=b"", check=False)).returncode == 2
+    with pytest.raises(ImageError, match="`swarm registry login` keeps them"):
+        await imported.import_(name, access=Access(cert_dir=registry.cert_dir))
+    await run(argv, input=f"{oci_here.PASSWORD}\n".encode())
+    kept = tmp_path / ".config/containers/auth.json"
+    assert kept.stat().st_mode & 0o777 == 0o600
+    assert (await imported.import_(name, access=Access(cert_dir=registry.cert_dir)))[1]
+    await run([*swarm, "logout", registry.address])
+    assert registry.address not in kept.read_text()
+
+
 async def test_an_image_for_several_machines(
     tmp_path: Path, layout: Layout, imported: Imported, registry: oci_here.Registry
 ) -> None:

@@ -17,6 +17,7 @@ from swarm.fields import (
     MODULE,
     NAME,
     NO_NUL,
+    NPM_PACKAGE,
     REQUIREMENT,
     VARIABLE,
     VERSION,
@@ -40,7 +41,7 @@ from swarm.store.tickets import events, places
 
 AGENT_FIELDS: Final = tuple(field.name for field in fields(Agent))
 _COLUMNS: Final = ", ".join(AGENT_FIELDS)
-_LISTS: Final = ("entry", "secrets", "preload", "requirements", "packages")
+_LISTS: Final = ("entry", "secrets", "preload", "requirements", "packages", "npm")
 _JSON: Final = frozenset({*_LISTS, "env", "requires", "retry"})
 
 _NUMBERS: Final = tuple(name for name in AGENT_FIELDS if name in BOUNDS)
@@ -55,8 +56,9 @@ _PATTERNS: Final = {
     "preload": MODULE,
     "requirements": REQUIREMENT,
     "packages": DEBIAN_PACKAGE,
+    "npm": NPM_PACKAGE,
 }
-_MOST_ITEMS: Final = {"entry": 256, "requirements": 200, "packages": 200}
+_MOST_ITEMS: Final = {"entry": 256, "requirements": 200, "packages": 200, "npm": 200}
 _MOST_CHARS: Final = 4096
 _REQUIRED: Final = ("memory_mb", "vcpus", "disk_mb", "timeout_seconds")  # the other numbers may be NULL
 _RETRY_NUMBERS: Final = ("max_attempts", "delay_seconds", "factor", "max_delay_seconds")

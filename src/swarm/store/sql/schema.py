@@ -184,6 +184,7 @@ agents = sa.Table(
     _text("keep_vm"),
     _number("keep_vm_seconds", kind=sa.Float()),
     _text("requires", null=False, default="{}"),  # JSON object: labels that a host must have
+    _text("npm", null=False, default="[]"),
     sa.UniqueConstraint("name", "version", name="agents_name_version"),
 )
 

@@ -1,4 +1,4 @@
-"""The store of layers: what agents' `requirements` and `packages` add to the guest's root; built once, read-only.
+"""The store of layers: what `requirements`, `packages` and `npm` of agents add to the guest's root; built once.
 
 ::
 
@@ -36,7 +36,7 @@ from swarm.base.clock import iso
 from swarm.base.log import logger
 from swarm.base.progress import Progress, silent
 from swarm.errors import HostError, ImageError, LayerMissing, NotFound, UsageError
-from swarm.model import Agent
+from swarm.model import BUILT, Agent
 from swarm.vm.driver import Image, Layer
 from swarm.vm.image import elf, elsewhere, layer_build, pip, staging
 from swarm.vm.image.build import require_root
@@ -47,6 +47,7 @@ log = logger(__name__)
 
 _MANIFEST: Final = "layer.json"
 _FILE: Final = "layer.erofs"
+_INSTALLED: Final = ("python", "debian", "npm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,7 @@ class LayerInfo:
     key: str
     digest: str
     requirements: tuple[str, ...]
+    npm: tuple[str, ...]
     packages: tuple[str, ...]
     installed: Mapping[str, str]
     size_bytes: int
@@ -139,6 +141,7 @@ class Layers:
                     installed = await layer_build.build(
                         sorted(set(agent.requirements)),
                         sorted(set(agent.packages)),
+                        sorted(set(agent.npm)),
                         own_modules(agent),
                         image=image,
                         stage=stage,
@@ -159,8 +162,9 @@ class Layers:
                         key=file.parent.name,
                         digest=manifest["sha256"],
                         requirements=tuple(manifest["shape"]["requirements"]),
+                        npm=tuple(manifest["shape"].get("npm", ())),
                         packages=tuple(manifest["shape"]["packages"]),
-                        installed=manifest["installed"]["python"] | manifest["installed"]["debian"],
+                        installed={k: v for some in _INSTALLED for k, v in manifest["installed"].get(some, {}).items()},
                         size_bytes=manifest["size_bytes"],
                         built_at=manifest["built_at"],
                     )
@@ -211,8 +215,10 @@ class Layers:
             raise UsageError(f"the image {agent.image!r} has no Entrypoint and no Cmd: `entry` must say what runs")
         if agent.runtime == "python" and not found.root.python:
             raise UsageError(f"the image {agent.image!r} has no Python 3.8 or newer in its PATH: use `runtime: exec`")
-        if agent.needs_layer:
-            raise UsageError(f"requirements and packages can't be added to the imported image {agent.image!r} yet")
+        if agent.installs and not (agent.image or "").startswith(BUILT):  # a row that another program wrote
+            raise UsageError(
+                f"what {agent.name!r} requires is not in the image {agent.image!r}: `swarm agent add` makes one with it"
+            )
         return found
 
     async def _find_complete(self, key: str) -> Layer | None:
@@ -330,7 +336,7 @@ def _shape(agent: Agent, image: Image) -> dict[str, Any]:
         }
     except (KeyError, TypeError):
         raise ImageError(f"image {image.digest[:12]} does not say which Debian it is made of: build it again") from None
-    if agent.packages:
+    if agent.packages or agent.npm:  # which takes Debian's nodejs
         upon |= {"base": image.base, "installed": dict(image.packages)}
     if own := own_modules(agent):
         upon["modules"] = {name: hashlib.sha256(text).hexdigest() for name, text in own.items()}
@@ -340,7 +346,7 @@ def _shape(agent: Agent, image: Image) -> dict[str, Any]:
         "requirements": sorted(set(agent.requirements)),
         "packages": sorted(set(agent.packages)),
         "upon": upon,
-    }
+    } | ({"npm": sorted(set(agent.npm))} if agent.npm else {})
 
 
 def _host_shape(agent: Agent) -> dict[str, Any]:
@@ -354,7 +360,7 @@ def _key(shape: Mapping[str, Any]) -> str:
 
 def _missing(agent: Agent, problem: str) -> LayerMissing:
     return LayerMissing(
-        f"the layer of the agent {agent.name}@{agent.version} (its requirements and packages) {problem}: "
+        f"the layer of the agent {agent.name}@{agent.version} (what it requires) {problem}: "
         f"run `swarm agent build {agent.name}@{agent.version}`, which needs the network"
     )
 

@@ -1,4 +1,4 @@
-"""Building a layer: what an agent's `requirements` and `packages` add to the guest's root, as one erofs file.
+"""Building a layer: what an agent's `requirements`, `packages` and `npm` add to the guest's root, as one erofs file.
 
 The guest's own root is unpacked, and its own apt database and Python are used. So the result is what an installation
 in a guest would give; versions, platforms and markers are not guessed. Fetching needs the network and runs nothing of
@@ -25,7 +25,7 @@ from swarm.base.progress import Progress
 from swarm.errors import CommandFailed, ImageError, UsageError
 from swarm.fields import DEBIAN_PACKAGE
 from swarm.vm.driver import Image
-from swarm.vm.image import apt, elf, pip
+from swarm.vm.image import apt, elf, npm, pip
 from swarm.vm.image.base import UNWANTED_PATHS
 from swarm.vm.image.build import EPOCH, below, remove, require, require_root, tool
 from swarm.vm.image.pip import NOT_BUILT
@@ -51,11 +51,12 @@ _NOISE: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Installed:
-    """The contents of a layer, name -> version: wheels and Debian packages, with all dependencies. ``lacks``: shared
-    library -> a file that needs it."""
+    """The contents of a layer, name -> version: wheels, Debian's and npm's packages, with all dependencies. ``lacks``:
+    shared library -> a file that needs it."""
 
     python: Mapping[str, str]
     debian: Mapping[str, str]
+    npm: Mapping[str, str]
     lacks: Mapping[str, str]
 
 
@@ -68,6 +69,7 @@ def check_host(where: Path) -> None:
 async def build(
     requirements: Sequence[str],
     packages: Sequence[str],
+    npm_packages: Sequence[str],
     modules: Mapping[str, bytes],
     *,
     image: Image,
@@ -78,13 +80,17 @@ async def build(
     """Make layer.erofs in ``stage``. ``modules``: Python modules to add, name -> text. ``sources``: the directory of
     apt's configuration (/etc/apt).
 
-    Raises UsageError for requirements and packages that don't exist, ImageError if they can't be fetched or installed,
+    Raises UsageError for what doesn't exist, ImageError if they can't be fetched or installed,
     HostError.
     """
     pip.check(requirements)
     for one in packages:
         if not re.fullmatch(DEBIAN_PACKAGE, one):
             raise UsageError(f"the package {one!r} is not a Debian package name, or `name=version`")
+    if npm_packages:
+        npm.check(npm_packages)
+        if not any(one.partition("=")[0].startswith("nodejs") for one in (*packages, *requirements)):
+            packages = [*packages, "nodejs"]
     root = stage / "root"
     progress("unpacking the guest's root", 0.0)
     await tool("fsck.erofs", f"--extract={root}", str(image.root))
@@ -103,6 +109,13 @@ async def build(
         await _fetch(requirements, root, stage)
         progress("installing requirements", 0.6)
         await _install_wheels(requirements, root)
+    from_npm: Mapping[str, str] = {}
+    if npm_packages:
+        progress("fetching npm packages", 0.65)
+        from_npm = await npm.fetch(npm_packages, stage / "npm", most=MAX_BYTES)
+        (stage / "npm" / npm.MODULES).rename(root / npm.MODULES)
+        await finish_uninterrupted(asyncio.to_thread(shutil.rmtree, stage / "npm"))
+        npm.link_programs(npm_packages, root / npm.MODULES, root / "usr/local/bin")
     for name, text in modules.items():
         file = root / _MODULES / f"{name}.py"
         files.make_directory(file.parent)
@@ -117,6 +130,7 @@ async def build(
     installed = Installed(
         python=await asyncio.to_thread(_wheels, root),
         lacks=await asyncio.to_thread(elf.lacks, root, new),
+        npm=from_npm,
         debian={name: version for name, version in _debian(root).items() if old.get(name) != version},
     )
     progress("packing", 0.85)

@@ -56,6 +56,7 @@ CREATE TABLE unmet (
 )"""
 _OTHERS = (
     "ALTER TABLE agents ADD COLUMN requires {text} DEFAULT '{{}}' NOT NULL",
+    "ALTER TABLE agents ADD COLUMN npm {text} DEFAULT '[]' NOT NULL",
     "ALTER TABLE tickets ADD COLUMN requires {text}",
     "ALTER TABLE step_executions ADD COLUMN requires {text}",
     "ALTER TABLE tickets ADD COLUMN waits_for {text} DEFAULT '' NOT NULL",

@@ -52,7 +52,8 @@ default_capabilities = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """``args``: NAME=VALUE. ``secrets``: what `RUN --mount=type=secret,id=ID` finds, by id. ``network``: for RUN."""
+    """``args``: NAME=VALUE. ``secrets``: what `RUN --mount=type=secret,id=ID` finds, by id. ``network``: for RUN.
+    ``base``: the key of an image that was imported, which its first FROM means."""
 
     dockerfile: Path
     context: Path
@@ -60,6 +61,7 @@ class Recipe:
     target: str = ""
     secrets: Sequence[tuple[str, Path]] = ()
     network: bool = True
+    base: str = ""
 
 
 def secret(text: str) -> tuple[str, Path]:
@@ -106,8 +108,9 @@ class Buildah:
     stage: Path
     limits: Limits
 
-    async def build(self, recipe: Recipe, access: Access, progress: Progress) -> str:
-        """buildah's id of the image. Raises ImageError, HostError, and OSError when the disk is full."""
+    async def build(self, recipe: Recipe, access: Access, progress: Progress, *, base: Path | None = None) -> str:
+        """buildah's id of the image. ``base``: a layout of what the first FROM means. Raises ImageError,
+        HostError, and OSError when the disk is full."""
         shown = [(recipe.dockerfile, "/Dockerfile"), (recipe.context, "/context")]
         argv = [
             "bud", "--isolation=oci", f"--runtime={process.path_of('crun')}", "--runtime-flag=cgroup-manager=disabled",
@@ -116,6 +119,9 @@ class Buildah:
             "--iidfile=/stage/id", "--file=/Dockerfile", *(f"--build-arg={one}" for one in recipe.args),
             *([f"--target={recipe.target}"] if recipe.target else []),
         ]  # fmt: skip
+        if base is not None:
+            argv.append(f"--from=oci:/base:{TAG}")
+            shown.append((base, "/base"))
         for number, (name, place) in enumerate(recipe.secrets):
             argv.append(f"--secret=id={name},src=/secrets/{number}")
             shown.append((place, f"/secrets/{number}"))
@@ -209,7 +215,8 @@ class Buildah:
             name = step.split()[1] if step.startswith("FROM ") and len(step.split()) > 1 else "a base image"
             return fetch.explain(last.removeprefix("Error: "), Reference(name=name, source=name))
         if found := re.search(r'building at STEP "(.*)": while running runtime: exit status (\d+)$', last):
-            ended = f"{_plain(found[1])[:200]} ended with status {found[2]}"
+            ran = re.sub(r"--mount=\S+ ", "", found[1])
+            ended = f"{_plain(ran)[:200]} ended with status {found[2]}"
             return ImageError(f"{self.name} can't be built: {ended}: {_output(said) or 'it printed nothing'}")
         what = re.sub(r" &imagebuilder\.Step\{.*", "", last.removeprefix("Error: "))
         what = what or " ".join(said.splitlines()[-1:]) or process.how_it_ended(code)

@@ -60,9 +60,11 @@ class Access:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fetched:
-    """An image's manifest and config, with the digests that they have in the layout."""
+    """An image's manifest and config. ``digest``: of the manifest that it came with; ``kept``: of what is kept of it,
+    in which layers may have been packed anew."""
 
     digest: str
+    kept: str
     manifest: Mapping[str, Any]
     config_digest: str
     config: Mapping[str, Any]
@@ -79,7 +81,8 @@ class Fetched:
     @property
     def blobs(self) -> list[str]:
         """Hexadecimal digests of all that it is made of."""
-        return sorted({digest.removeprefix("sha256:") for digest in (self.digest, self.config_digest, *self.layers)})
+        all_ = (self.digest, self.kept, self.config_digest, *self.layers)
+        return sorted({digest.removeprefix("sha256:") for digest in all_})
 
 
 def check_host() -> None:
@@ -171,13 +174,13 @@ def read_layout(layout: Path, blobs: Path, name: str) -> Fetched:
     try:
         (entry,) = json.loads((layout / "index.json").read_bytes())["manifests"]
         digest = _digest(entry["digest"])
-        manifest = json.loads(_blob(blobs, digest))
+        manifest = json.loads(read_blob(blobs, digest))
         config_digest = _digest(manifest["config"]["digest"])
         for layer in manifest["layers"]:
             _digest(layer["digest"])
             int(layer["size"])
             str(layer["mediaType"])
-        config = json.loads(_blob(blobs, config_digest))
+        config = json.loads(read_blob(blobs, config_digest))
         if not isinstance(config, dict):
             raise TypeError("its config is no object")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -187,7 +190,33 @@ def read_layout(layout: Path, blobs: Path, name: str) -> Fetched:
         raise ImageError(
             f"{name} is for {str(config.get('os'))[:40]}/{str(found)[:40]}, and this machine runs linux/{ours}"
         )
-    return Fetched(digest=digest, manifest=manifest, config_digest=config_digest, config=config)
+    return Fetched(digest=digest, kept=digest, manifest=manifest, config_digest=config_digest, config=config)
+
+
+def lay_out(place: Path, blobs: Path, names: Sequence[str]) -> None:
+    """Make a layout of an image's blobs, by links to them. Raises ImageError if it is not all there."""
+    (into := place / "blobs" / "sha256").mkdir(parents=True)
+    try:
+        for name in names:
+            (into / name).hardlink_to(blobs / "sha256" / name)
+        entry = next(entry for name in names if (entry := _entry(place / "blobs", name, names)))
+    except (FileNotFoundError, StopIteration):
+        raise ImageError("its layers are not here, since it came from another host") from None
+    (place / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [entry]}))
+    (place / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+
+
+def _entry(blobs: Path, name: str, names: Sequence[str]) -> dict[str, Any] | None:
+    """What a layout says of that blob, if it is a manifest all of whose layers are there."""
+    try:
+        told = json.loads(text := read_blob(blobs, f"sha256:{name}"))
+        if not all(_digest(layer["digest"]).removeprefix("sha256:") in names for layer in told["layers"]):
+            return None
+        kind = str(told.get("mediaType", "application/vnd.oci.image.manifest.v1+json"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    named = {"org.opencontainers.image.ref.name": TAG}
+    return {"mediaType": kind, "digest": f"sha256:{name}", "size": len(text), "annotations": named}
 
 
 def damaged(blobs: Path, names: list[str]) -> list[Path]:
@@ -197,14 +226,18 @@ def damaged(blobs: Path, names: list[str]) -> list[Path]:
 
 def explain(said: str, reference: Reference) -> ImageError:
     """Skopeo's error as a sentence."""
+    return ImageError(f"can't fetch {reference.name}: {reason(said, reference.name)}")
+
+
+def reason(said: str, name: str = "it") -> str:
     last = said.strip().splitlines()[-1][-600:] if said.strip() else "skopeo said nothing"
     if found := re.search(r'msg="(.*)"', last):
         last = found[1].replace('\\"', '"').replace("\\n", " ")
     last = "".join(one if one.isprintable() else " " for one in last)
     for pattern, why in _REASONS.items():
         if re.search(pattern, said, re.IGNORECASE):
-            return ImageError(f"can't fetch {reference.name}: {why.format(name=reference.name)} ({last})")
-    return ImageError(f"can't fetch {reference.name}: {last}")
+            return f"{why.format(name=name)} ({last})"
+    return last
 
 
 _REASONS: Final = {
@@ -214,7 +247,7 @@ _REASONS: Final = {
     r"HTTP response to HTTPS client": "the registry has no TLS: --plain-http, if that is meant",
     r"manifest unknown|name unknown|not found: manifest|manifest .* 404": "the registry has no such image or tag",
     r"unauthorized|authentication required|invalid username|denied|forbidden": (
-        "the registry wants other credentials: `docker login` or `skopeo login` keeps them, --auth-file names a file"
+        "the registry wants other credentials: `swarm registry login` keeps them, --auth-file names a file"
     ),
     r"no such host|connection refused|network is unreachable|i/o timeout|no route to host|server misbehaving"
     r"|temporary failure|connection reset": "the registry can't be reached",
@@ -234,7 +267,7 @@ def _digest(text: object) -> str:
     return text
 
 
-def _blob(blobs: Path, digest: str) -> bytes:
+def read_blob(blobs: Path, digest: str) -> bytes:
     """A small one, checked."""
     path = blobs / "sha256" / digest.removeprefix("sha256:")
     if path.stat().st_size > _MAX_JSON:

@@ -64,7 +64,7 @@ class Imported:
         self.dir = dir
         self._others = others
         self._blobs = dir / _BLOBS
-        self._limits = limits or Limits()
+        self.limits = limits or Limits()
 
     def knows(self, image: str) -> bool:
         """Does an agent with that `image` run on an imported one?"""
@@ -199,28 +199,45 @@ class Imported:
                 return await self._import(reference, access, pinned, progress)
 
     async def build(
-        self, recipe: Recipe, *, name: str, access: Access | None = None, progress: Progress = silent
+        self, recipe: Recipe, *, name: str, source: str = "", access: Access | None = None, progress: Progress = silent
     ) -> tuple[Name, bool]:
         """Build an image from a Dockerfile, and import it under that name. False: it was here already, as it is when
-        nothing that goes into it has changed. Needs root. Raises UsageError, ImageError, HostError."""
-        reference = Reference(name=parse(name).name, source=f"{build.SOURCE}{recipe.dockerfile.absolute()}")
+        nothing that goes into it has changed. ``source``: what is said of where it came from. Needs root. Raises
+        UsageError, ImageError, HostError."""
+        reference = Reference(name=parse(name).name, source=source or f"{build.SOURCE}{recipe.dockerfile.absolute()}")
         require_root("an image of a Dockerfile")
         fetch.check_host()
-        await asyncio.to_thread(build.check, recipe, self._limits)
+        await asyncio.to_thread(build.check, recipe, self.limits)
         access = (access or Access()).anywhere()
         self._make_blobs()
         with self._errors():
             async with self._locked(progress):
-                await build.tidy(cache := self.dir / _BUILDS, self._limits.bytes)
+                await build.tidy(cache := self.dir / _BUILDS, self.limits.bytes)
                 async with staging.staged(self.dir) as stage:
-                    buildah = Buildah(name=reference.name, cache=cache, stage=stage, limits=self._limits)
-                    id_ = await buildah.build(recipe, access, progress)
+                    buildah = Buildah(name=reference.name, cache=cache, stage=stage, limits=self.limits)
+                    base = await asyncio.to_thread(self._laid_out, recipe.base, stage) if recipe.base else None
+                    id_ = await buildah.build(recipe, access, progress, base=base)
                     key = buildah.imported(id_)
                     if is_new := not (key and await self._is_complete(key)):
-                        built = replace(reference, source=await buildah.push(id_))
-                        key = (await self._import(built, access, "", progress))[0].key
+                        pushed = replace(reference, source=await buildah.push(id_))
+                        key = (await self._import(pushed, access, "", progress))[0].key
                         buildah.remember(id_, key)
                 return self._name(reference, access, key, str(self._manifest(key)["digest"])), is_new
+
+    def _laid_out(self, key: str, stage: Path) -> Path:
+        try:
+            fetch.lay_out(stage / "base", self._blobs, list(self.info(key).blobs))
+        except ImageError as error:
+            raise ImageError(f"nothing can be added to the image {key[:12]}: {error}: import it again") from None
+        return stage / "base"
+
+    def blob(self, digest: str) -> dict[str, Any]:
+        """A config, as it was fetched. Raises ImageError."""
+        try:
+            told = json.loads(fetch.read_blob(self._blobs, digest))
+            return dict(told)
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise ImageError(f"the image's config can't be read: {error}: import it again") from error
 
     async def _import(self, reference: Reference, access: Access, pinned: str, progress: Progress) -> tuple[Name, bool]:
         async with staging.staged(self.dir) as stage:
@@ -244,14 +261,14 @@ class Imported:
         self, reference: Reference, access: Access, pinned: str, stage: Path, progress: Progress
     ) -> Fetched:
         return await fetch.copy(
-            reference, access, pinned=pinned, layout=stage / "layout", blobs=self._blobs, most=self._limits.bytes,
+            reference, access, pinned=pinned, layout=stage / "layout", blobs=self._blobs, most=self.limits.bytes,
             progress=lambda size: progress(f"fetching: {unpack.about(size)}", 0.1),
         )  # fmt: skip
 
     async def _make(self, image: Fetched, key: str, reference: Reference, stage: Path, progress: Progress) -> None:
         name = reference.name
         root = await unpack.unpack(
-            image, stage=stage, blobs=self._blobs, name=name, limits=self._limits,
+            image, stage=stage, blobs=self._blobs, name=name, limits=self.limits,
             progress=lambda step, _: progress(step, 0.4),
         )  # fmt: skip
         told = await asyncio.to_thread(config.root_of, image.config, root, name)
