@@ -191,14 +191,14 @@ def test_upkeep(swarm: Swarm, layout: Layout, env: dict[str, str]) -> None:
 def test_what_a_manifest_may_not_say(swarm: Swarm, place: Path) -> None:
     for number, (manifest, why) in enumerate(
         {
-            "image: a:b\nrequirements: [x==1]\n": "can't be used with the imported image 'a:b' yet",
+            "image: a:b\nrequirements: [x==1]\n": "the image 'a:b' is not on this host: `swarm image import a:b`",
             "image: a:b\nruntime: python\n": "entry is missing",
             "description: x\n": "entry: is missing",
             "build: .\nimage: a:b\n": "image and build both say what its root is",
             "build: ..\n": "build.context: '..' is not in the agent's directory",
             "build: .\n": "build.dockerfile: 'Dockerfile' is not a file of this agent",
             f"build: {'x' * 300}\n": "is not a directory of this agent",
-            "build: .\nrequirements: [x==1]\n": "can't be used with an image that is built yet",
+            "build: .\nrequirements: [x==1]\n": "can't be used with `build`: the Dockerfile installs them",
         }.items()
     ):
         assert why in swarm("agent", "add", agent(place, f"bad{number}", manifest), status=2)

@@ -122,4 +122,4 @@ def test_the_tutorial(tmp_path: Path) -> None:
 
 
 def test_every_yaml_is_one_of_these() -> None:
-    assert len(blocks("agents.md", "yaml")) == 3
+    assert len(blocks("agents.md", "yaml")) == 4

@@ -170,7 +170,7 @@ async def test_a_base_image_of_a_registry(tmp_path: Path, imported: Imported, re
 async def test_what_can_not_be_built(tmp_path: Path, imported: Imported, recipe: Made) -> None:
     leak = "RUN --mount=type=secret,id=token /bin/busybox cat /run/secrets/token; echo one; echo two >&2; exit 7\n"
     for text, why in {
-        SHELL + leak: r"RUN --mount=\S+ .* ended with status 7: \*\*\*one \| two$",
+        SHELL + leak: r"RUN /bin/busybox cat .* ended with status 7: \*\*\*one \| two$",
         SHELL + "RUN /bin/busybox sh -c 'kill -9 $$'; :\n": "ended with status 137",
         "FROM scratch\nCOPY busybox /bin/\nRUN ls\n": r"ended with status 1: .*`/bin/sh` not found",
         "FROM scratch\nFETCH x\n": 'Unknown instruction: "FETCH"$',
