@@ -295,22 +295,24 @@ class HostLayers:
             return Layer(digest=final.name, path=final)
         with _build_errors(self.dir):
             files.make_directory(self.dir)
-            async with staging.lock(self.dir, progress), staging.staged(self.dir) as stage:
-                progress("installing requirements", 0.1)
-                python = f"Python {platform.python_version()} on this host"
-                await pip.run(
-                    [sys.executable, str(pip.location()), "install", *pip.OPTIONS, "--no-compile", "--target",
-                     str(stage / "new"), "--", *agent.requirements],
-                    where=stage,
-                    python=python,
-                )  # fmt: skip
-                progress("compiling", 0.7)
-                await process.run(  # on all CPUs, which pip does not; a file that can't be compiled is not an error
-                    [sys.executable, "-I", "-S", "-m", "compileall", "-q", "-j", "0", str(stage / "new")],
-                    timeout_seconds=pip.TIMEOUT_SECONDS,
-                    check=False,
-                )
-                await finish_uninterrupted(asyncio.to_thread(staging.move_in, stage / "new", final))
+            async with staging.lock(self.dir, progress):
+                await finish_uninterrupted(asyncio.to_thread(staging.sweep, self.dir))
+                async with staging.staged(self.dir) as stage:
+                    progress("installing requirements", 0.1)
+                    python = f"Python {platform.python_version()} on this host"
+                    await pip.run(
+                        [sys.executable, str(pip.location()), "install", *pip.OPTIONS, "--no-compile", "--target",
+                         str(stage / "new"), "--", *agent.requirements],
+                        where=stage,
+                        python=python,
+                    )  # fmt: skip
+                    progress("compiling", 0.7)
+                    await process.run(  # on all CPUs, which pip does not; a file that can't be compiled is not an error
+                        [sys.executable, "-I", "-S", "-m", "compileall", "-q", "-j", "0", str(stage / "new")],
+                        timeout_seconds=pip.TIMEOUT_SECONDS,
+                        check=False,
+                    )
+                    await finish_uninterrupted(asyncio.to_thread(staging.move_in, stage / "new", final))
         return Layer(digest=final.name, path=final)
 
 

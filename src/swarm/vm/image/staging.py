@@ -217,11 +217,14 @@ def move_in(stage: Path, final: Path) -> None:
     """Rename ``stage`` to ``final``, which replaces a torn or older one. It is on disk before it has its name."""
     for path in [*stage.rglob("*"), stage]:
         _fsync(path)
+    old = None
     if final.exists():
-        final.rename(Path(tempfile.mkdtemp(prefix=BUILDING, dir=final.parent)) / "old")
+        old = Path(tempfile.mkdtemp(prefix=BUILDING, dir=final.parent))
+        final.rename(old / "old")
     stage.rename(final)
     _fsync(final.parent)
-    sweep(final.parent)
+    if old is not None:
+        _remove(old)
 
 
 def _fsync(path: Path) -> None:
