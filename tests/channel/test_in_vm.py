@@ -268,7 +268,9 @@ def test_frozen_is_all_that_anybody_started(guest: Guest) -> None:
     count = "n=0; until [ -e /work/stop ]; do n=$((n+1)); echo $n > /work/{0}; done"
 
     async def counts() -> list[bytes | None]:
-        return [await guest.channel.get(f"/work/{name}", limit_bytes=100) for name in ("held", "left", "ssh")]
+        return [
+            await guest.channel.get(f"/work/{name}", limit_bytes=100) for name in ("held", "left", "ssh", "grouped")
+        ]
 
     async def work(open_: Open) -> None:
         known = asyncssh.import_known_hosts(f"{guest.address} {HOST_KEY.export_public_key().decode()}")
@@ -280,6 +282,8 @@ def test_frozen_is_all_that_anybody_started(guest: Guest) -> None:
             processes.start(open_, shell(count.format("held"), process="held")),
         ):
             await processes.run(open_, shell(f"({count.format('left')}) > /dev/null 2>&1 &", process="left"))
+            own = f"mkdir /sys/fs/cgroup/own; echo $$ > /sys/fs/cgroup/own/cgroup.procs; {count.format('grouped')}"
+            await processes.run(open_, shell(f"sh -c '{own}' > /dev/null 2>&1 &", process="grouped", user="root"))
             while None in await counts():
                 pass
             await processes.freeze(guest.channel.converse)
@@ -290,9 +294,12 @@ def test_frozen_is_all_that_anybody_started(guest: Guest) -> None:
             await processes.thaw(guest.channel.converse)
             while any(new in (b"", old) for new, old in zip(await counts(), before, strict=True)):
                 pass
+            ours = await processes.run(open_, shell("wc -l < /sys/fs/cgroup/own/cgroup.procs"))
+            assert int(ours.stdout) >= 1, "it is in the group that it made"
             for name in ("held", "left"):
                 await processes.signal(open_, name, "KILL", descendants=True)
             await guest.channel.put({"stop": b""}, dest="/work")
+        await processes.run(open_, shell("until rmdir /sys/fs/cgroup/own 2> /dev/null; do :; done", user="root"))
         left = await processes.run(open_, shell(LEFT, user="root"))
         assert left.stdout in (b"2\n", b"3\n")  # and that of what agentd did not start
 

@@ -93,6 +93,7 @@ PIVOT_ROOT, OPEN_TREE, MOVE_MOUNT = 155, 428, 429  # numbers of system calls; th
 AT_FDCWD, OPEN_TREE_CLONE, AT_RECURSIVE, MOVE_MOUNT_F_EMPTY_PATH = -100, 1, 0x8000, 4  # linux/mount.h
 TIOCSCTTY, TIOCSWINSZ, TIOCSIG = 0x540E, 0x5414, 0x40045436  # asm-generic/ioctls.h
 CGROUPS = "/sys/fs/cgroup"
+GONE = (errno.ENOENT, errno.ENODEV)  # of a control group that was removed
 
 # Of a VM with an image: its work disk and its root, in the guest's own root, where no agent sees them
 HIDDEN = "/swarm"
@@ -2910,28 +2911,26 @@ class Agentd:
                 if time.monotonic() > deadline:
                     raise late
             return
-        poke(f"{CGROUPS}/swarm/cgroup.freeze", "1")
         spared = {1, os.getpid(), self.zygote_pid, self.waiting_pid()}
-        # What is started while this runs has its parent's group: only programs of others (sshd's, an agent's) are not
-        # there yet, and those that they start while it is moved.
-        while strays := [pid for pid in user_processes() if pid not in spared and not in_group(pid)]:
+        while True:
+            groups = control_groups()
+            for group in groups:
+                set_frozen(group, True)
+            # What is started while this runs has its parent's group: only programs of others (sshd's, an agent's) have
+            # none yet, and those that they start while it is moved.
+            strays = [pid for pid in user_processes() if pid not in spared and not in_group(pid)]
             for pid in strays:
                 try:
                     poke(f"{CGROUPS}/swarm/rest/cgroup.procs", str(pid))
                 except ProcessLookupError:
                     pass
+            for group in groups:
+                if not wait_for_event(group, b"frozen 1", deadline):
+                    raise late
             if time.monotonic() > deadline:
                 raise late
-        events = os.open(f"{CGROUPS}/swarm/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            poller = select.poll()
-            poller.register(events, select.POLLPRI)
-            while b"frozen 1" not in os.pread(events, 4096, 0):
-                if time.monotonic() > deadline:
-                    raise late
-                poller.poll(100)
-        finally:
-            os.close(events)
+            if not strays and control_groups() == groups:
+                return
 
     def waiting_pid(self) -> int:
         """Of the next agent's process: nobody's program yet."""
@@ -2968,7 +2967,8 @@ class Agentd:
         if self.disk_still:
             self.disk_still = not self.on_disk(lambda work: fcntl.ioctl(work, FITHAW, 0))
         if self.cgroups:
-            poke(f"{CGROUPS}/swarm/cgroup.freeze", "0")
+            for group in control_groups():
+                set_frozen(group, False)
         elif self.stopped:
             self.order({"op": "continue", "pids": self.stopped})
             self.stopped = []
@@ -3957,7 +3957,7 @@ class Program:
         """How it ended. If it was killed, all that it started is gone."""
         exit_ = self.exit or {}
         if self.killed_at is not None and self.group:
-            wait_until_empty(self.group, self.killed_at + KILL_SECONDS)
+            wait_for_event(self.group, b"populated 0", self.killed_at + KILL_SECONDS)
         if not self.remove_group():
             with self.agentd.programs_lock:
                 self.agentd.leaving.append(self)
@@ -4045,18 +4045,34 @@ NO_END: Header = {
 }  # fmt: skip
 
 
-def wait_until_empty(group: str, deadline: float) -> None:
+def wait_for_event(group: str, event: bytes, deadline: float) -> bool:
+    """False if a control group is not so until then. One that is gone is empty, and frozen."""
     try:
-        events = os.open(f"{group}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
+        with open(f"{group}/cgroup.events", "rb", buffering=0) as events:
+            poller = select.poll()
+            poller.register(events, select.POLLPRI)
+            while event not in os.pread(events.fileno(), 4096, 0):
+                if time.monotonic() > deadline:
+                    return False
+                poller.poll(100)
+    except OSError as error:
+        if error.errno not in GONE:
+            raise
+    return True
+
+
+def control_groups() -> list[str]:
+    """Those at the top: agentd's own, and what programs made for theirs, as podman does for containers."""
+    with os.scandir(CGROUPS) as found:
+        return sorted(one.path for one in found if one.is_dir(follow_symlinks=False))
+
+
+def set_frozen(group: str, frozen: bool) -> None:
     try:
-        poller = select.poll()
-        poller.register(events, select.POLLPRI)
-        while b"populated 0" not in os.pread(events, 4096, 0) and time.monotonic() < deadline:
-            poller.poll(100)
-    finally:
-        os.close(events)
+        poke(f"{group}/cgroup.freeze", "1" if frozen else "0")
+    except OSError as error:
+        if error.errno not in GONE:
+            raise
 
 
 def user_processes() -> list[int]:
@@ -4072,7 +4088,7 @@ def user_processes() -> list[int]:
 
 
 def in_group(pid: int) -> bool:
-    return read_file(f"/proc/{pid}/cgroup").rpartition("::")[2].startswith("/swarm/") or not process(str(pid))
+    return read_file(f"/proc/{pid}/cgroup").rpartition("::")[2].strip() != "/" or not process(str(pid))
 
 
 def main(arguments: list[str]) -> int:
