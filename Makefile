@@ -32,6 +32,7 @@ ready:
 	-@$(BIN)/python -m tests.prometheus_here
 	-@$(BIN)/python -m tests.postgres_here
 	-@$(BIN)/python -m tests.oci_here
+	-@$(BIN)/python -m tests.containers_here
 	-@$(BIN)/python -m tests.pgbouncer_here
 
 test: ready  ## set up, then run all tests in network namespaces of their own (ARGS='-k echo' runs some)

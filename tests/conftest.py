@@ -11,6 +11,7 @@
 - ``browser``: netns, Debian's Chromium with its driver, and axe-core in the cache (tests/dashboard/browser.py)
 - ``schemathesis``: the package, which `make ready` installs with the other tools of developers
 - ``oci``: skopeo, umoci, buildah and docker-registry, as Debian has them (tests/oci_here.py fetches the last)
+- ``containers``: Debian's podman in a layer for guests (tests/containers_here.py builds it)
 - ``postgres``: PostgreSQL's server, as Debian's package installs it (tests/postgres_here.py starts one)
 - ``prometheus``: Debian's Prometheus, in the cache (tests/prometheus_here.py; `make ready` fetches it)
 - ``claude-code``: what the agent of this name requires, from PyPI, in the cache (`make ready` puts it there)

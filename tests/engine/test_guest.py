@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from swarm.vm.driver import Image
+from swarm.vm.image.build import ON_DEMAND
 from tests.engine.conftest import Bench
 
 pytestmark = pytest.mark.needs("qemu")
@@ -87,4 +88,6 @@ async def test_the_page_is_true(bench: Bench, image: Image) -> None:
     assert seen["user"] == [1000, "agent", "/work"]
     assert seen["limits"] == [512, 4096]
     assert seen["swap"] and not seen["ipv6"]
-    assert image.root.stat().st_size / 1e6 < 125  # "120 MB"
+    named = {word for word in words(section("Kernel").split("|---|---|")[1].split("\n\n")[0]) if word[0] != "/"}
+    assert named - {*ON_DEMAND} == {"iptables-nft"} and len(named) > 20
+    assert image.root.stat().st_size / 1e6 < 130  # "126 MB"

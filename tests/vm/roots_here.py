@@ -57,6 +57,15 @@ class Roots:
         (tree / "usr/bin/sudo-sort").chmod(0o4755)
         return await self.layer(tree, Root(**said))  # type: ignore[arg-type]
 
+    async def whole(self, packages: Layer, name: str = "whole", **said: object) -> Layer:
+        """The guest's own Debian without its modules, and a layer of more packages: as an image `FROM debian`."""
+        tree = self.place / name
+        for source in (self.image.root, packages.path):
+            await run(["fsck.erofs", f"--extract={tree}", "--overwrite", str(source)])
+        shutil.rmtree(tree / "usr/lib/modules")
+        (tree / "usr/sbin/modprobe").unlink()
+        return await self.layer(tree, Root(**said))  # type: ignore[arg-type]
+
     async def copy_program(self, path: str, tree: Path) -> None:
         """A program with the libraries that it needs, found by the guest's own loader."""
         shutil.copy2(self.debian / path, tree / path)

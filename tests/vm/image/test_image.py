@@ -326,6 +326,9 @@ async def test_what_is_in_the_root(image: Image, tmp_path: Path) -> None:
         head = file.read_bytes()[:12]
         assert (int.from_bytes(head[4:8], "little"), int.from_bytes(head[8:], "little")) == (0, build.EPOCH), file
     assert (root / "usr/lib/swarm/agentd.pyc").stat().st_size > 1000
+    (modules,) = (root / "usr/lib/modules").iterdir()
+    assert {file.stem for file in modules.glob("*.ko")} >= {*build.ON_DEMAND}
+    assert (root / "usr/sbin/modprobe").resolve() == (root / "usr/bin/busybox").resolve()
 
 
 def test_initramfs_is_what_cpio_reads(tmp_path: Path) -> None:
@@ -369,7 +372,8 @@ async def console_of(image: Image, *args: str, acpi: str = "on") -> list[str]:
 def assert_looked_round(console: list[str]) -> None:
     told = dict(line.split("=", 1) for line in console if "=" in line and " " not in line)
     assert told["root"] == "overlay"
-    assert told["mounts"].split(",") == ["/", "/proc", "/sys", "/dev", "/run", "/tmp", "/agent", "/dev/pts", "/dev/shm"]
+    mounts = "/ /proc /sys /dev /run /tmp /agent /dev/pts /dev/shm /sys/fs/cgroup"
+    assert told["mounts"].split(",") == mounts.split()
     assert told["links"] == "/proc/self/fd,fd/0,fd/1,fd/2"
     assert (told["hostname"], told["sshd"], told["parent"], told["work"]) == ("swarm", "True", "1", "1000")
     assert told["end"] == "of-list"

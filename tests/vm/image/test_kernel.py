@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.errors import ImageError
-from swarm.vm.image.kernel import ELF_MAGIC, extract_elf, modules_in_load_order, read_module
+from swarm.vm.image.kernel import ELF_MAGIC, extract_elf, modules_in_load_order, modules_on_demand, read_module
 
 ELF = ELF_MAGIC + random.Random(7).randbytes(1 << 16) + bytes(1 << 16)
 
@@ -121,8 +121,9 @@ def test_no_bytes_bring_anything_but_an_image_error(magic: bytes, rest: bytes, w
 # --- modules ------------------------------------------------------------------------------------------------------
 
 
-def module(tree: Path, path: str, *, depends: str = "", soft: str = "") -> bytes:
-    data = b"\x7fELF\0license=GPL\0depends=" + depends.encode() + b"\0"
+def module(tree: Path, path: str, *, depends: str = "", soft: str = "", aliases: tuple[str, ...] = ()) -> bytes:
+    data = b"\x7fELF\0license=GPL\0" + b"".join(f"alias={alias}\0".encode() for alias in aliases)
+    data += b"depends=" + depends.encode() + b"\0"
     if soft:
         data += b"softdep=" + soft.encode() + b"\0"
     data += b"intree=Y\0"
@@ -168,3 +169,23 @@ def test_circular_soft_dependencies_end(tmp_path: Path) -> None:
     module(tmp_path, "a.ko", soft="pre: b")
     module(tmp_path, "b.ko", soft="pre: a")
     assert names(modules_in_load_order(tmp_path, ["a"])) == ["b", "a"]
+
+
+def test_modules_on_demand_are_found_by_what_the_kernel_asks_for(tmp_path: Path) -> None:
+    tun = module(tmp_path, "drivers/net/tun.ko.xz", aliases=("devname:net/tun", "char-major-10-200"))
+    module(tmp_path, "net/nft-nat.ko", depends="nf-tables,nf_nat", aliases=("nft-expr-nat",))
+    module(tmp_path, "net/nf_nat.ko", depends="nf_conntrack")
+    module(tmp_path, "net/nf_conntrack.ko")
+    module(tmp_path, "net/nf-tables.ko", soft="pre: crc", aliases=("nfnetlink-subsys-10",))
+    module(tmp_path, "lib/crc.ko")
+    module(tmp_path, "fs/other.ko", aliases=("fs-other",))
+    found = modules_on_demand(tmp_path, ["tun", "nft_nat"])
+    assert found["modules.dep"].decode().splitlines() == [
+        "tun.ko:", "crc.ko:", "nf_tables.ko: crc.ko", "nf_conntrack.ko:", "nf_nat.ko: nf_conntrack.ko",
+        "nft_nat.ko: nf_nat.ko nf_conntrack.ko nf_tables.ko crc.ko",
+    ]  # fmt: skip
+    assert found["modules.alias"].decode().splitlines() == [
+        "alias char-major-10-200 tun", "alias nfnetlink-subsys-10 nf_tables", "alias nft-expr-nat nft_nat"
+    ]  # fmt: skip
+    assert found["tun.ko"] == tun
+    assert "other.ko" not in found

@@ -34,7 +34,7 @@ _STDLIB: Final = (
 
 
 async def build_base(recipe: Recipe, stage: Path, progress: Progress) -> None:
-    """Fill ``stage`` with root.tar, vmlinuz, vmlinux, modules/ and base.json. Needs the network."""
+    """Fill ``stage`` with root.tar, vmlinuz, vmlinux, modules/, on-demand/ and base.json. Needs the network."""
     base = recipe.base
     sources = apt.host_sources(base["release"])
     options = await apt.host_options()
@@ -45,7 +45,8 @@ async def build_base(recipe: Recipe, stage: Path, progress: Progress) -> None:
     except ExceptionGroup as group:
         raise _first(group) from None
     modules = sorted((stage / "modules").iterdir())
-    parts = [stage / "root.tar", stage / "vmlinuz", stage / "vmlinux", *modules]
+    on_demand = sorted(one for one in (stage / "on-demand").rglob("*") if one.is_file())
+    parts = [stage / "root.tar", stage / "vmlinuz", stage / "vmlinux", *modules, *on_demand]
     manifest = {
         "recipe": base,
         "packages": root.result(),
@@ -119,7 +120,7 @@ async def _base_root(
 async def _base_kernel(
     base: Mapping[str, Any], stage: Path, sources: Sequence[apt.Source], options: Sequence[str]
 ) -> str:
-    """Make vmlinuz, vmlinux and modules/; return the kernel's version."""
+    """Make vmlinuz, vmlinux, modules/ and on-demand/; return the kernel's version."""
     dir = stage / "kernel"
     dir.mkdir()
     client = apt.PrivateApt(dir, sources=sources, options=options)
@@ -127,12 +128,12 @@ async def _base_kernel(
     package = await client.dependency(base["kernel_package"], r"linux-image-\d.*")
     deb = await client.download(package)
     await tool("dpkg-deb", "--extract", str(deb), str(dir / "files"))
-    await finish_uninterrupted(asyncio.to_thread(_take_kernel, dir / "files", stage, base["modules"]))
+    await finish_uninterrupted(asyncio.to_thread(_take_kernel, dir / "files", stage, base))
     await finish_uninterrupted(asyncio.to_thread(shutil.rmtree, dir))
     return package.removeprefix("linux-image-")
 
 
-def _take_kernel(files: Path, stage: Path, wanted: Sequence[str]) -> None:
+def _take_kernel(files: Path, stage: Path, base: Mapping[str, Any]) -> None:
     images = list(files.glob("boot/vmlinuz-*"))
     trees = [t for t in (*files.glob("lib/modules/*"), *files.glob("usr/lib/modules/*")) if (t / "kernel").is_dir()]
     if len(images) != 1 or len(trees) != 1:
@@ -142,8 +143,12 @@ def _take_kernel(files: Path, stage: Path, wanted: Sequence[str]) -> None:
     (stage / "vmlinux").write_bytes(kernel.extract_elf(bzimage))
     modules = stage / "modules"
     modules.mkdir()
-    for n, file in enumerate(kernel.modules_in_load_order(trees[0], wanted)):
+    for n, file in enumerate(kernel.modules_in_load_order(trees[0], base["modules"])):
         (modules / f"{n:02}-{file.name.partition('.')[0]}.ko").write_bytes(kernel.read_module(file))
+    on_demand = stage / "on-demand" / trees[0].name
+    on_demand.mkdir(parents=True)
+    for name, data in kernel.modules_on_demand(trees[0], base["on_demand"]).items():
+        (on_demand / name).write_bytes(data)
 
 
 def _share_installed(log: Path) -> float:

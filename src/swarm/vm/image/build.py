@@ -39,6 +39,23 @@ PACKAGES: Final = (
 )  # fmt: skip
 # Modules that a guest's kernel needs; their dependencies are resolved, and built-in ones skipped.
 MODULES: Final = ("virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "overlay", "erofs", "ext4")
+# Modules that its kernel loads when something needs them, and no others (docs/guest.md names what they are for).
+ON_DEMAND: Final = (
+    "fuse", "cuse", "loop", "squashfs", "isofs", "vfat", "nls_ascii", "nls_cp437", "nls_iso8859_1", "nls_utf8",
+    "binfmt_misc",
+    "tun", "veth", "bridge", "br_netfilter", "8021q", "dummy", "ifb", "ipvlan", "macvlan", "vxlan", "wireguard",
+    "sch_htb", "sch_ingress", "sch_netem", "sch_prio", "sch_tbf", "act_mirred", "act_police", "cls_fw",
+    "cls_matchall", "cls_u32",
+    "nf_tables", "nft_chain_nat", "nft_compat", "nft_connlimit", "nft_ct", "nft_dup_netdev", "nft_fib_inet",
+    "nft_fib_ipv4", "nft_fib_ipv6", "nft_fwd_netdev", "nft_hash", "nft_limit", "nft_log", "nft_masq", "nft_nat",
+    "nft_numgen", "nft_objref", "nft_queue", "nft_quota", "nft_redir", "nft_reject_inet", "nft_reject_ipv4",
+    "nft_reject_ipv6", "nft_socket", "nft_tproxy", "nf_conntrack_netlink", "nf_log_syslog", "nfnetlink_log",
+    "ip_set_hash_ip", "ip_set_hash_net", "ipt_REJECT", "ip6t_REJECT", "xt_CHECKSUM", "xt_CT", "xt_LOG",
+    "xt_MASQUERADE", "xt_NFLOG", "xt_REDIRECT", "xt_TCPMSS", "xt_addrtype", "xt_comment", "xt_connmark",
+    "xt_conntrack", "xt_hashlimit", "xt_iprange", "xt_length", "xt_limit", "xt_mac", "xt_mark", "xt_multiport",
+    "xt_nat", "xt_owner", "xt_physdev", "xt_pkttype", "xt_recent", "xt_set", "xt_state", "xt_statistic",
+    "xt_string", "xt_tcpmss", "xt_tcpudp", "xt_time",
+)  # fmt: skip
 # The kernel's own arguments: a guest that breaks ends at once, and self-tests of ciphers are skipped (0.4 s of 2.8
 # without KVM). The driver adds those for console and devices.
 BOOT_ARGS: Final = "quiet panic=-1 oops=panic cryptomgr.notests"
@@ -116,6 +133,7 @@ def recipe(guest: Path, *, kernel: Path | None = None, boot_args: str | None = N
             "packages": PACKAGES,
             "kernel_package": "linux-image-cloud-amd64",
             "modules": MODULES,
+            "on_demand": ON_DEMAND,
         },
         guest=files,
         kernel=own,
@@ -163,6 +181,8 @@ async def assemble(recipe: Recipe, base: Path, stage: Path, progress: Progress) 
     await tool("tar", "--extract", f"--file={base / 'root.tar'}", f"--directory={root}", "--numeric-owner", "-p")
     progress("installing guest files", 0.4)
     await finish_uninterrupted(asyncio.to_thread(_install, root, recipe.guest))
+    if recipe.kernel is None:
+        await finish_uninterrupted(asyncio.to_thread(_install_modules, root, base / "on-demand"))
     await in_root(root, "-B", "-c", _COMPILE_AGENTD)
     (root / "usr/lib/swarm/agentd.pyc").chmod(0o644)
     parts = {"root": stage / "root.erofs"}
@@ -249,6 +269,15 @@ def _install(root: Path, files: Mapping[str, bytes]) -> None:
         if not (root / "dev" / name).exists():
             os.mknod(root / "dev" / name, 0o600 | stat.S_IFCHR, os.makedev(5 if name == "console" else 1, minor))
     (root / "usr/lib/swarm").chmod(0o755)
+
+
+def _install_modules(root: Path, modules: Path) -> None:
+    """Have the kernel find the modules that it loads on demand: by its own call of modprobe, which busybox has."""
+    target = root / "usr/lib/modules"
+    shutil.copytree(modules, target)
+    for path in (target, *below(target)):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    (root / "usr/sbin/modprobe").symlink_to("../bin/busybox")
 
 
 # agentd starts from its compiled form, so that no guest parses it. The guest's own Python compiles it: it's its format.

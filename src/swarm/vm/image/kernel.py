@@ -156,6 +156,20 @@ def modules_in_load_order(tree: Path, wanted: Iterable[str]) -> list[Path]:
     return list(order.values())
 
 
+def modules_on_demand(tree: Path, wanted: Iterable[str]) -> dict[str, bytes]:
+    """The files of a /lib/modules/VERSION with the modules ``wanted`` and what these need: each module, and modules.dep
+    and modules.alias, by which modprobe finds them, as depmod writes these."""
+    found: dict[str, bytes] = {}
+    needs, aliases = [], []
+    for file in modules_in_load_order(tree, wanted):
+        module = found[f"{_name(file)}.ko"] = read_module(file)
+        needed = reversed(modules_in_load_order(tree, [_name(file)])[:-1])  # what is needed first stands last
+        needs.append(f"{_name(file)}.ko: {' '.join(f'{_name(one)}.ko' for one in needed)}".rstrip() + "\n")
+        for alias in re.findall(rb"\0alias=(?!devname:)([^\0]*)", module):
+            aliases.append(f"alias {alias.decode('ascii', 'replace')} {_name(file)}\n")
+    return found | {"modules.dep": "".join(needs).encode(), "modules.alias": "".join(aliases).encode()}
+
+
 def read_module(file: Path) -> bytes:
     """A module's ELF, decompressed."""
     data = file.read_bytes()
