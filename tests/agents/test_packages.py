@@ -119,6 +119,13 @@ def test_what_is_added_to_an_image_names_the_agents_own(tmp_path: Path) -> None:
     assert plain.base == "" and plain.agent.image == "python:3.12"
 
 
+def test_preloads_with_an_image_are_of_the_image(tmp_path: Path) -> None:
+    more = "image: python:3.12\nnpm: [a@1.0.0]\n"
+    assert agents.read(make(tmp_path, f"{GOOD}{more}preload: [json]\n")).preload == ("json",)
+    with pytest.raises(UsageError, match=r"preload: 'main' is a file of this agent; .*without an imported image"):
+        agents.read(make(tmp_path, f"{GOOD}{more}preload: [main]\n"))
+
+
 def test_all_problems_at_once(tmp_path: Path) -> None:
     with pytest.raises(Invalid) as caught:
         agents.read(make(tmp_path, "name: Bad Name\nversion: one\nentry: []\ncolour: red\n"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -18,9 +20,11 @@ import pytest
 from swarm.base import process
 from swarm.channel import Channel
 from swarm.errors import AgentTimeout, ChannelError
+from swarm.vm.drivers.process import AGENTD
 from tests.channel.agentd_here import Guest, raw, running
 from tests.conftest import PATIENCE_SECONDS
 
+INTERPRETER = AGENTD.with_name("interpreter.py")
 PYTHON = os.path.realpath(sys.executable)  # the guest's own /work may hide where this repository is
 
 
@@ -123,10 +127,38 @@ async def test_a_warm_agent_behaves_as_under_python3(guest: Guest, source: str) 
     )
     code = ended.code if ended.signal is None else -ended.signal
     assert (code, guest.output["stdout"]) == (cold.returncode, cold.stdout)
-    ours = re.compile(rb'  File "[^"]*agentd.py", line \d+ in \S+\n|0x[0-9a-f]{16}')  # frames, a thread's number
+    ours = re.compile(
+        rb'  File "[^"]*(?:agentd|interpreter).py", line \d+ in \S+\n|0x[0-9a-f]{16}'
+    )  # frames, a thread's number
     assert ours.sub(b"", guest.output["stderr"].replace(b"\r", b"")) == ours.sub(b"", cold.stderr)
     if "left-open" in source:
         assert (guest.work / "left-open.txt").read_text() == "flushed at exit"
+    waited = await asyncio.to_thread(waiting_python, argv, env, cwd=guest.work)
+    assert (waited.returncode, waited.stdout) == (cold.returncode, cold.stdout)
+    ours = re.compile(rb'  File "<string>", line \d+ in (?:run|wait|<module>)\n|0x[0-9a-f]{16}')
+    assert ours.sub(b"", waited.stderr) == ours.sub(b"", cold.stderr)
+
+
+def waiting_python(argv: list[str], env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[bytes]:
+    """Run a file by an interpreter that waits for it, as agentd does with the Python of an imported image."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    at = next(number for number, word in enumerate(argv) if word.startswith("/") and number)
+    fd = theirs.fileno()
+    command = [*argv[:at], "-c", f'exec(__import__("os").read({fd}, 1 << 18), {{}})']
+    with ours, subprocess.Popen(
+        command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=(fd,)
+    ) as child:  # fmt: skip
+        theirs.close()
+        ours.send(INTERPRETER.read_bytes() + f"\nwait({fd}, ['json', 'threading', 'no_such'], ['nowhere'])".encode())
+        assert ours.recv(1000) == b"ready\nnowhere: ModuleNotFoundError: No module named 'nowhere'"
+        words = [word.encode() for word in (argv[0], *argv[at:])]
+        ours.send(repr((words, {b"MORE": b"1"}, bytes(cwd))).encode())
+        out, err = child.communicate()
+        return subprocess.CompletedProcess(command, child.returncode, out, err)
+
+
+def test_an_images_python_may_be_as_old_as_3_8() -> None:
+    ast.parse(INTERPRETER.read_text(), feature_version=(3, 8))
 
 
 async def test_modules_beside_the_entry_are_found(guest: Guest) -> None:

@@ -17,6 +17,24 @@ from swarm.vm.image import staging
 APPLETS = ("sh", "cat", "ls", "id", "sleep", "dd", "env", "rm", "stat", "mount", "ps", "kill", "true", "setsid", "pwd")
 
 
+MODULES = {
+    "mine": "import os\nprint('imported')\nopen('/tmp/imported', 'a').close()\nloaded_by = os.getpid()\n",
+    "refuses": "raise RuntimeError('not\\nhere')\n",
+    "quits": "import sys\nsys.exit('enough')\n",
+    "hangs": "while True: pass\n",
+}
+# What a Python does that is asked to wait; it runs a file like any other.
+BAD_PYTHONS = {
+    "hangs": "sleep 1000",
+    "ends": "exit 0",
+    "dies": "kill -9 $$",
+    "lies": "yes nonsense >&4; sleep 1000",
+    "is-ready-and-ends": "printf ready >&4; exit 0",
+    "leaves-another": "(printf ready; sleep 1000) >&4 & exit 0",
+    "runs-nothing": "printf ready >&4; sleep 1000",
+}
+
+
 class Roots:
     """Makes roots in ``place``."""
 
@@ -65,6 +83,29 @@ class Roots:
         shutil.rmtree(tree / "usr/lib/modules")
         (tree / "usr/sbin/modprobe").unlink()
         return await self.layer(tree, Root(**said))  # type: ignore[arg-type]
+
+    async def python(self, name: str = "python", **said: object) -> Layer:
+        """Debian's Python as the image's own, programs in its place that are none, and modules to preload."""
+        await self.unpack()
+        tree = self.place / name
+        for folder in ("bin", "bad", "etc", "home/me", "lib64", "usr/bin", "usr/lib", "lib/x86_64-linux-gnu"):
+            (tree / folder).mkdir(parents=True)
+        shutil.copy2(self.debian / "bin/busybox", tree / "bin/busybox")
+        (tree / "bin/sh").symlink_to("busybox")
+        (version,) = (self.debian / "usr/lib").glob("python3.*")
+        await self.copy_program(f"usr/bin/{version.name}", tree)
+        (tree / "usr/bin/python3").symlink_to(version.name)
+        unused = shutil.ignore_patterns("test", "unittest", "pydoc_data", "config-*", "asyncio", "email", "xml*")
+        modules = tree / "usr/lib" / version.name
+        shutil.copytree(version, modules, ignore=unused, symlinks=True)
+        for module, text in MODULES.items():
+            (modules / f"{module}.py").write_text(text)
+        for program, text in BAD_PYTHONS.items():
+            (tree / "bad" / program).write_text(
+                f'#!/bin/sh\nif [ "$1" = -c ]; then {text}; fi\nexec /usr/bin/python3 "$@"\n'
+            )
+            (tree / "bad" / program).chmod(0o755)
+        return await self.layer(tree, Root(**{"python": "/usr/bin/python3", **said}))  # type: ignore[arg-type]
 
     async def copy_program(self, path: str, tree: Path) -> None:
         """A program with the libraries that it needs, found by the guest's own loader."""

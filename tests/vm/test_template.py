@@ -83,6 +83,7 @@ def templates(tmp_path: Path) -> Templates:
         {"memory_mb": 512},
         {"disk_mb": 64},
         {"preload": ("json",)},
+        {"interpreter": True},
         {"entropy": False},
         {"image": replace(a_spec().image, digest="e" * 64)},
         {"image": replace(a_spec().image, boot_args="debug")},

@@ -178,8 +178,6 @@ class Manifest(_Strict):
             raise ValueError("entry is missing")
         if self.build and self.installs:
             raise ValueError("requirements, packages and npm can't be used with `build`: the Dockerfile installs them")
-        if imported and self.preload:
-            raise ValueError("preload can't be used with an imported image")
         for name in ("inputs", "outputs"):
             if getattr(self, name) is not None and getattr(self, f"{name}_schema") is not None:
                 raise ValueError(f"{name} and {name}_schema are the same thing: give only one")
@@ -284,12 +282,13 @@ def _image(manifest: Manifest, directory: Path) -> str | None:
 
 
 def _check_preload(manifest: Manifest, directory: Path) -> None:
-    """An agent's own modules reach a template in its layer, so only an agent with a layer can preload them."""
+    """An agent's own modules reach a template in its layer, so only an agent with a layer can preload them. An
+    imported image has none of them."""
     own = next((name for name in manifest.preload if (directory / f"{name}.py").is_file()), None)
-    if own and not manifest.installs:
+    if own and (manifest.build or names_imported(manifest.image) or not manifest.installs):
         raise UsageError(
             f"{directory / MANIFEST}: preload: {own!r} is a file of this agent; only an agent with requirements,"
-            " packages or npm can preload its own files"
+            " packages or npm, and without an imported image, can preload its own files"
         )
 
 

@@ -22,6 +22,7 @@ async def pool(settings: Settings, vms: Launcher, warm: int | None) -> Pool:
             memory_mb=t.memory_mb,
             disk_mb=t.disk_mb,
             preload=t.preload,
+            interpreter=t.interpreter,
         )
         for t in used
         if not t.layer or built.named(t.layer)

@@ -334,6 +334,7 @@ def vm_spec(agent: Agent, image: Image, layer: Layer | None) -> VmSpec:
         disk_mb_per_second=agent.disk_mb_per_second,
         network_mb_per_second=agent.network_mb_per_second,
         preload=agent.preload if agent.runtime == "python" else (),
+        interpreter=agent.runtime == "python" and layer is not None and layer.root is not None,
     )
 
 

@@ -112,6 +112,8 @@ class Machines:
             if claim.snapshot is None:  # another host may have to send them, and others start meanwhile
                 image = await self._images.find(held.agent.image)
                 spec = vm_spec(held.agent, image, await self._layers.find(held.agent, image))
+                if spec.interpreter:  # its programs are started, none is run by an interpreter that waits
+                    spec = replace(spec, interpreter=False, preload=())
             async with self._starting:
                 if claim.snapshot is not None:
                     found = await self.snapshots.find(claim.snapshot.id)

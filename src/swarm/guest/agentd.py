@@ -9,14 +9,16 @@ from it. The zygote is a subreaper, so everything that an agent leaves behind, e
 killed with the agent.
 
 In a VM whose agents see the files of an image (``--image``), the zygote changes its root to them (`enter_image`), and
-is the first process of a namespace of its own: agents see neither agentd nor its files. docs/adr/0028 says how.
+is the first process of a namespace of its own: agents see neither agentd nor its files. docs/adr/0028 says how. There
+the process that waits for a Python agent is the image's own Python (`Agentd.start_interpreter`).
 
 Wire format: ``>II`` lengths, JSON header (<= 64 KiB), payload (<= 1 MiB). A request has ``id`` and ``op``. Its replies
 carry that id, and the last one has ``ok`` or ``error``. Requests can be pipelined; ``after: id`` skips a request if the
 one with that id failed. After some, frames of their id go both ways until then. docs/adr/0004, 0005 and 0023 say why.
 
-The module is longer than 400 lines because the guest needs a single file. It imports little because each import costs
-tens of milliseconds of boot on an emulated CPU (hence no pathlib, argparse, threading, subprocess, runpy).
+The module is longer than 400 lines because the guest starts a single compiled file: beside it is interpreter.py alone,
+which an image's Python gets as text. It imports little because each import costs tens of milliseconds of boot on an
+emulated CPU (hence no pathlib, argparse, threading, subprocess, runpy).
 """
 # ruff: noqa: PTH101, PTH102, PTH103, PTH104, PTH106, PTH108, PTH110, PTH112, PTH115, PTH116, PTH118, PTH119, PTH120
 # ruff: noqa: PTH208, SIM105, RUF012
@@ -24,7 +26,6 @@ tens of milliseconds of boot on an emulated CPU (hence no pathlib, argparse, thr
 from __future__ import annotations
 
 import _thread
-import atexit
 import ctypes
 import errno
 import faulthandler
@@ -107,6 +108,10 @@ SHOWN = {
     **{path: path for path in ("/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/etc/machine-id")},
 }
 IMAGE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # of an image that says nothing else
+# What an image's Python is started with when it is to wait; its text comes on descriptor 4.
+WAIT = 'exec(__import__("os").read(4, 1 << 18), {})'
+# How variables begin that matter when Python starts, or what it loads: not when it waits already.
+AT_START = ("PYTHON", "LD_", "LC_", "LANG", "HOME", "TZ", "MALLOC_", "GLIBC_", "OPENSSL_")
 
 # Of files, directories, watches and ports
 BATCH = 256 << 10  # of what is sent in small pieces, as one frame; the capacity of a busy program's pipes
@@ -138,11 +143,17 @@ IN_ONLYDIR, IN_DONT_FOLLOW = 0x1000000, 0x2000000
 LIBC = ctypes.CDLL(None, use_errno=True)  # once: opening it costs milliseconds on an emulated CPU
 COMPACT = json.JSONEncoder(separators=(",", ":")).encode
 
+INTERPRETER = os.path.join(os.path.dirname(__file__), "interpreter.py")
+with open(INTERPRETER, encoding="ascii") as _file:
+    INTERPRETER_TEXT = _file.read()
+RUN: dict[str, Any] = {"__name__": "interpreter"}  # what is in it
+exec(compile(INTERPRETER_TEXT, INTERPRETER, "exec"), RUN)
+
 Header = dict[str, object]
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
     FileOp = Callable[["Agentd", "Connection", Header, bytes], Header]
 
@@ -451,9 +462,11 @@ class Zygote:
             self.commands.detach()  # or its finalizer would close a descriptor that the agent uses by then
             signal.set_wakeup_fd(-1)
             report = become(order, fds)
+            if "python" in order:
+                start_interpreter(str(order["python"]), report)
             return Job(order, report) if order["op"] == "run" else wait_for_order(report, touch=bool(order["touch"]))
         self.main = max(pid, 0)
-        for fd in fds[:3]:
+        for fd in (*fds[:3], *fds[4:]):
             os.close(fd)
         return None
 
@@ -743,7 +756,9 @@ def become(order: Header, fds: list[int]) -> int:
         for target, fd in enumerate(fds[:3]):
             os.dup2(fd, target)
         report = os.dup2(fds[3], 3, inheritable=False)
-        os.closerange(4, 1 << 20)
+        if "python" in order:
+            os.dup2(fds[4], 4, inheritable=False)
+        os.closerange(5 if "python" in order else 4, 1 << 20)
         if order.get("pty"):
             fcntl.ioctl(0, TIOCSCTTY, 0)
         if group := order.get("cgroup"):
@@ -790,7 +805,7 @@ def wait_for_order(report: int, touch: bool) -> Job:
     done here, so that a clone needn't translate that code. It holds no secret, and renews the random state that it
     shares with its siblings when its order arrives."""
     if touch:
-        touch_pages()
+        RUN["touch_pages"]()
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=report)
     buffer = bytearray(MAX_ORDER)
     sock.send(json.dumps({"ready": True, "cpu_us": time.process_time_ns() // 1000, "pid": os.getpid()}).encode())
@@ -832,6 +847,24 @@ def wait_for_program(order_fd: int) -> Job:
     return Job(order, order_fd)
 
 
+def start_interpreter(python: str, report: int) -> NoReturn:
+    """Become an image's own Python, as if to run a program. From here on, all is the image's: it has no descriptor but
+    its standard streams and the socket (4) on which it waits, and says nothing that is believed."""
+    os.set_inheritable(4, True)
+    unignore_signals()
+    os.write(report, json.dumps({"ready": True, "cpu_us": 0, "pid": os.getpid()}).encode())
+    try:
+        os.execv(python, [python, "-c", WAIT])
+    except OSError as error:
+        cannot_start(report, error)
+
+
+def unignore_signals() -> None:
+    """Those that Python ignores, and other programs expect to end them."""
+    for number_ in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number_, signal.SIG_DFL)
+
+
 def cannot_start(report: int, error: BaseException) -> NoReturn:
     name = getattr(error, "filename", None)
     said = (getattr(error, "strerror", None) or f"{type(error).__name__}: {error}") + (f": {name!r}" if name else "")
@@ -839,16 +872,6 @@ def cannot_start(report: int, error: BaseException) -> NoReturn:
         os.write(report, json.dumps({"cannot": said}).encode() + b"\n")
     finally:
         os._exit(127)
-
-
-def reseed() -> None:
-    """Renew the random state of modules that keep one. (random and OpenSSL also do so at each fork; secrets, uuid4 and
-    os.urandom keep none.) Clones share the zygote's memory, so this must come after the kernel's own reseed."""
-    for name in ("random", "numpy.random"):
-        if name in sys.modules:
-            sys.modules[name].seed()
-    if "ssl" in sys.modules and crng_ready():
-        sys.modules["ssl"].RAND_add(os.urandom(32), 32.0)
 
 
 def standard_stream(fd: int, name: str) -> io.TextIOWrapper:
@@ -863,48 +886,6 @@ def standard_stream(fd: int, name: str) -> io.TextIOWrapper:
     return stream
 
 
-def end_quickly() -> None:
-    """Exit as Python does, in the same order, but without tearing down the preloaded modules, which would write to
-    hundreds of pages. The agent's own modules are released: files are closed, ``__del__`` runs."""
-    threading = sys.modules.get("threading")
-    if threading is not None:
-        threading._shutdown()
-    atexit._run_exitfuncs()
-    for name in [name for name in sys.modules if name not in OURS or name == "__main__"]:
-        del sys.modules[name]
-    gc.collect()
-    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
-        try:
-            if stream is not None and not stream.closed:
-                stream.flush()
-        except Exception:
-            return  # the interpreter will meet the same error at its exit, and reports it
-    os._exit(0)
-
-
-SAMPLE_PROGRAM = """
-import json
-def main(values):
-    return json.loads(json.dumps({str(n): [n, None, f"{n}"] for n in values}))
-class Thing:
-    def __init__(self, value):
-        self.value = value
-try:
-    things = [Thing(value) for value in main(range(300)).items()]
-    raise ValueError(len(things))
-except ValueError:
-    pass
-"""
-
-
-def touch_pages() -> None:
-    """Copy the pages that any Python program writes to into this process, while nobody waits for it."""
-    for _ in range(2):
-        exec(compile(SAMPLE_PROGRAM, "touch_pages", "exec"), {"__name__": "touch_pages"})
-    gc.collect()
-    gc.freeze()
-
-
 OURS: set[str] = set()  # modules loaded before the agent
 KEPT: list[bytearray] = []  # kept, since freeing a large block costs more than it is worth
 
@@ -917,45 +898,25 @@ def run_job(job: Job) -> None:
     def report_start() -> None:
         started = {"started_ns": time.monotonic_ns(), "pid": os.getpid()}
         os.write(job.report, json.dumps(started).encode() + b"\n")
+        if job.order["warm"]:
+            os.close(job.report)
 
     try:
         os.chdir(str(job.order["cwd"]))
         if not job.order["warm"]:
-            for number_ in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, other programs expect the default
-                signal.signal(number_, signal.SIG_DFL)
+            unignore_signals()
             report_start()
             os.execvp(argv[0], argv)
         with io.open_code(argv[0]) as file:
             source = file.read()
     except BaseException as error:
         cannot_start(job.report, error)
-    reseed()
-    sys.argv[:] = argv
-    wanted = [name for name in os.environ.get("PYTHONPATH", "").split(":") if name]
-    sys.path[:0] = [os.path.dirname(os.path.realpath(argv[0])), *wanted]
-    # Not runpy: it costs imports, and removes __main__ before the agent's threads and exit handlers have finished.
+    # Not this module's own name: an agent is its interpreter's __main__.
     main = type(sys)("__main__")
-    loader = sys.modules["_frozen_importlib_external"].SourceFileLoader("__main__", argv[0])
-    main.__dict__.update(
-        __file__=argv[0], __cached__=None, __builtins__=__builtins__, __loader__=loader, __annotations__={}
-    )
-    sys.modules["__main__"] = main
-    try:
-        try:
-            code = compile(source, argv[0], "exec", dont_inherit=True)
-        finally:
-            report_start()
-            os.close(job.report)
-        exec(code, main.__dict__)
-    except SystemExit:
-        raise
-    except BaseException as error:
-        trace, hook = error.__traceback__ and error.__traceback__.tb_next, sys.excepthook
-        # Raised again so that Python exits as usual; only the frames of this file are cut from the traceback.
-        sys.excepthook = lambda kind, value, _: hook(kind, value.with_traceback(trace), trace)
-        raise
-    del main
-    end_quickly()
+    main.__dict__.update(__builtins__=__builtins__, __annotations__={})
+    wanted = [name for name in os.environ.get("PYTHONPATH", "").split(":") if name]
+    paths = [os.path.dirname(os.path.realpath(argv[0])), *wanted]
+    RUN["run"](main, argv, source, paths, OURS, begun=report_start)
 
 
 # --- files and ports, for conversations -------------------------------------------------------------------------------
@@ -2204,6 +2165,8 @@ class Agentd:
         self.in_vm = not root
         self.image = image  # where it is mounted, if agents see an image's files
         self.image_env: dict[str, str] = {}
+        self.interpreter: Header = {}  # the image's own, if it is to wait for the next agent
+        self.useless: Header = {}  # one that did not
         self.own_space = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC) if image else -1
         self.image_space = -1  # the mount namespace of agents, if it is another
         self.hurried = False  # the next agent's process is forked while a host waits: it may be in no template
@@ -2408,7 +2371,7 @@ class Agentd:
             for name in ("work", "agent"):
                 os.makedirs(f"{self.root}/{name}", exist_ok=True)
         # Agents' processes renew their own random state first; the zygote uses none.
-        reseed()
+        RUN["reseed"]()
         # A fork or a VM that is resumed seldom runs an agent: it is not forked ahead, for 0.13 s on an emulated CPU.
         if self.in_vm and self.frozen_at is None:
             self.fork_next()
@@ -2465,6 +2428,9 @@ class Agentd:
         self.users["agent"] = (uid, gid, home)
         self.groups = [int(group) for group in groups]
         self.image_env = {str(name): str(value) for name, value in said["env"].items()}
+        self.interpreter = said.get("interpreter") or {}
+        if self.interpreter == self.useless:
+            self.interpreter = {}
 
     def enter_image(self) -> None:
         """Have the zygote change its root, now that there is a disk to write to. /work is a directory on that."""
@@ -2743,7 +2709,7 @@ class Agentd:
     def take_spare(self) -> Spare | None:
         """The process that waits to become the next program. Before the first, that of the next agent does as well."""
         spare, self.spare = self.spare, None
-        if spare is None and self.next is not None and self.busy.acquire(blocking=False):
+        if spare is None and self.next is not None and not self.next.python and self.busy.acquire(blocking=False):
             try:
                 links, self.next = self.next, None
                 spare = Spare(self, links) if links else None
@@ -3014,27 +2980,59 @@ class Agentd:
         if self.next is not None or not self.busy.acquire(blocking=False):
             return
         try:
-            links = AgentLinks()
-            try:
-                order: Header = {"op": "park", "user": self.rights("agent"), "env": self.environment("agent")}
-                order["touch"], self.hurried = not self.hurried, False
-                if self.image:  # it knows only the number that it has in its own namespace
-                    links.report.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-                links.hand_over(self, order)
-                links.report.settimeout(IO_SECONDS)
-                data, sender, _, _ = links.report.recvmsg(4096, socket.CMSG_SPACE(UCRED.size))
-                said = json.loads(data or b"{}")
-                if not said.get("ready"):
-                    raise RuntimeError(f"the next agent's process was not made: {said.get('cannot') or 'it died'}")
-                links.report.settimeout(None)
-                links.cpu_us, links.inner_pid = said["cpu_us"], said["pid"]
-                links.pid = UCRED.unpack(sender[0][2])[0] if sender else links.inner_pid
-            except BaseException:
-                links.close()
-                raise
-            self.next = links
+            hurried, self.hurried = self.hurried, False
+            if self.interpreter and self.image_space >= 0 and not hurried:
+                self.next = self.start_interpreter(**self.interpreter)  # type: ignore[arg-type]
+            self.next = self.next or self.fork_waiting(AgentLinks(), touch=not hurried)
         finally:
             self.busy.release()
+
+    def fork_waiting(self, links: AgentLinks, **more: object) -> AgentLinks:
+        """Have the zygote fork a process that waits for an order."""
+        try:
+            links.env = self.environment("agent")
+            order: Header = {"op": "park", "user": self.rights("agent"), "env": links.env, **more}
+            if self.image:  # it knows only the number that it has in its own namespace
+                links.report.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            links.hand_over(self, order)
+            links.report.settimeout(IO_SECONDS)
+            data, sender, _, _ = links.report.recvmsg(4096, socket.CMSG_SPACE(UCRED.size))
+            said = json.loads(data or b"{}")
+            if not said.get("ready"):
+                raise RuntimeError(f"the next agent's process was not made: {said.get('cannot') or 'it died'}")
+            links.report.settimeout(None)
+            links.cpu_us, links.inner_pid = said["cpu_us"], said["pid"]
+            links.pid = UCRED.unpack(sender[0][2])[0] if sender else links.inner_pid
+        except BaseException:
+            links.close()
+            raise
+        return links
+
+    def start_interpreter(
+        self, python: str, common: list[str], preload: list[str], seconds: float
+    ) -> AgentLinks | None:
+        """As the next agent's process, the image's own Python with these modules, started as the agent would start it.
+        None if it is not ready in time. Of what it says, only which of ``preload`` can't be imported is passed on."""
+        links = self.fork_waiting(AgentLinks(python), python=python)
+        try:
+            links.orders.settimeout(seconds)
+            links.orders.send(f"{INTERPRETER_TEXT}\nwait(4, {common!a}, {preload!a})".encode())
+            first, *lines = links.orders.recv(MAX_HEADER).decode(errors="replace").split("\n")
+            if first != "ready":
+                raise OSError("it ended, or said something else")
+            clock = ~links.pid << 3 | 2  # of that process's CPU time: linux/posix-timers.h
+            links.cpu_us = time.clock_gettime_ns(clock) // 1000
+            said = dict(line.partition(": ")[::2] for line in lines)
+            self.preload_failed = {name: said[name][:200] for name in preload[:100] if name in said}
+            links.orders.setblocking(False)
+            return links
+        except OSError as error:
+            log(f"{python} does not wait for agents, they start it: {error}")
+            if preload:
+                self.preload_failed = {python: f"it had not imported them in {seconds:g} s: {error}"}
+            links.close()
+            self.useless, self.interpreter = self.interpreter, {}
+            return None
 
     def make_order(self, head: Header) -> tuple[str, Header]:
         """The user, and the zygote's order for a program."""
@@ -3227,10 +3225,16 @@ def enlarge(fd: int) -> None:
 
 class AgentLinks:
     """agentd's ends of its connections to one agent's process: the socket for reports (and for the order to a waiting
-    process), and the pipes for its output."""
+    process), and the pipes for its output. ``python``: it is an image's, and gets its order on a socket of its own."""
 
-    def __init__(self) -> None:
-        self.report, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    def __init__(self, python: str = "") -> None:
+        self.report, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.orders, self.theirs = self.report, [theirs]
+        self.python = python
+        if python:
+            self.orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self.theirs.append(theirs)
+        self.env: dict[str, str] = {}  # that it was started with
         pipes = {"stdout": os.pipe2(os.O_CLOEXEC), "stderr": os.pipe2(os.O_CLOEXEC)}
         self.writers = [pair[1] for pair in pipes.values()]
         self.reading = {pair[0]: name for name, pair in pipes.items()}
@@ -3245,30 +3249,50 @@ class AgentLinks:
                 os.write(source, stdin[at : at + CHUNK])
             if stdin:
                 os.lseek(source, 0, os.SEEK_SET)
-            agentd.order(order, (source, *self.writers, self.theirs.fileno()))
+            agentd.order(order, (source, *self.writers, *(sock.fileno() for sock in self.theirs)))
         finally:
             os.close(source)
             self.close_theirs()
 
     def tell(self, order: Header) -> bool:
-        """Send its order to the waiting process. False if it is dead."""
+        """Send its order to the waiting process. False if it is dead, or an interpreter that the order is not for."""
+        if self.python and not self.suits(order):
+            return False
         try:
-            self.report.send(json.dumps(order).encode())
-        except OSError:
+            self.orders.send(literal(order) if self.python else json.dumps(order).encode())
+        except (OSError, UnicodeError):
             return False
         return True
 
+    def suits(self, order: Header) -> bool:
+        """Whether an image's Python that waits does the same as one that is started now."""
+        argv, env = order["argv"], order["env"]
+        assert isinstance(argv, list) and isinstance(env, dict)
+        is_file = argv[0] == self.python and len(argv) > 1 and argv[1].startswith("/")
+        return is_file and all(self.env.get(name) == env[name] for name in env if name.startswith(AT_START))
+
     def close_theirs(self) -> None:
-        self.theirs.close()
+        for sock in self.theirs:
+            sock.close()
         while self.writers:
             os.close(self.writers.pop())
 
     def close(self) -> None:
         self.close_theirs()
         self.report.close()
+        self.orders.close()
         for fd in self.reading:
             os.close(fd)
         self.reading.clear()
+
+
+def literal(order: Header) -> bytes:
+    """What an image's Python must know to run a program: argv, environment and directory, as a Python literal."""
+    argv, env = order["argv"], order["env"]
+    assert isinstance(argv, list) and isinstance(env, dict)
+    words = [word.encode(errors="surrogateescape") for word in argv]
+    variables = {name.encode(): value.encode(errors="surrogateescape") for name, value in env.items()}
+    return repr((words, variables, str(order["cwd"]).encode())).encode()
 
 
 class Run:
@@ -3334,6 +3358,8 @@ class Run:
         links, self.agentd.next = self.agentd.next, None
         if links is not None:
             if self.user == "agent" and not stdin and links.tell(self.order):
+                if links.python:
+                    self.started_ns = time.monotonic_ns()
                 return links
             links.close()
         links = AgentLinks()
@@ -3351,6 +3377,8 @@ class Run:
         so the agent blocks in its own write."""
         host = self.connection.sock
         host.setblocking(False)
+        if self.started_ns:
+            self.emit({"id": self.id, "started_ns": self.started_ns})
         drain_by = 0.0
         while True:
             now = time.monotonic()

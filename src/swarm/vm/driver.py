@@ -94,7 +94,8 @@ class VmSpec:
     memory_mb: int = 256
     disk_mb: int = 2048
     layer: Layer | None = None
-    preload: tuple[str, ...] = ()  # Python modules that the guest's warm interpreter imports at boot
+    preload: tuple[str, ...] = ()  # Python modules that the guest's warm interpreter imports at boot, or the image's
+    interpreter: bool = False  # the Python of an imported image waits for the agent
     entropy: bool = True  # a virtio-rng device; False only to test that `swarm doctor` notices its absence
     # Limits of the work disk and the network card (each direction), in 10^6 bytes a second; None is unlimited.
     disk_mb_per_second: float | None = None
@@ -238,16 +239,11 @@ class Driver(Protocol):
 
 def kernel_command_line(spec: VmSpec, *extra: str, token: bytes) -> str:
     secret = [f"swarm.token={token.hex()}"] if token else []
-    preload = [f"swarm.preload={','.join(spec.preload)}"] if spec.preload else []
+    own_root = spec.layer is None or spec.layer.root is None
+    preload = [f"swarm.preload={','.join(spec.preload)}"] if spec.preload and own_root else []
     # Without a dot in its name, the kernel passes it to init as environment: init has no /proc to read it from yet.
     layer = [f"swarm_{'root' if spec.layer.root else 'layer'}={LAYER_DEVICE}"] if spec.layer else []
     return " ".join((spec.image.boot_args, *extra, *layer, *preload, *secret)).strip()
-
-
-def told_to_guest(spec: VmSpec) -> dict[str, object] | None:
-    """What agentd must know of the imported image that agents see, if they see one: see `Channel.renew`."""
-    root = spec.layer.root if spec.layer else None
-    return {"user": list(root.user), "env": dict(root.env)} if root else None
 
 
 def host_tsc_khz() -> int:

@@ -25,8 +25,8 @@ from swarm.base.log import logger
 from swarm.channel import Channel, Identity
 from swarm.errors import BootFailed, ChannelError, OutcomeUnknown, SwarmError
 from swarm.vm.choose import Choice
-from swarm.vm.driver import GUEST_GATEWAY, Slot, Snapshot, Template, Vm, VmSpec, told_to_guest
-from swarm.vm.drivers.console import last_lines, printable
+from swarm.vm.driver import GUEST_GATEWAY, Slot, Snapshot, Template, Vm, VmSpec
+from swarm.vm.drivers.console import last_lines
 from swarm.vm.drivers.disk import WORK_DISK, used_bytes
 from swarm.vm.live import Assignment, LiveVm, check_renewed, record, report, while_alive
 from swarm.vm.network.network import Network
@@ -35,7 +35,7 @@ from swarm.vm.slots.inventory import Inventory, SlotLease, VmRecord
 from swarm.vm.slots.slot_pool import SlotPool, VmSlot
 from swarm.vm.snapshots import Stage
 from swarm.vm.template import OnBuild, Templates, shape
-from swarm.vm.warmup import COMMON_MODULES, SEED_BYTES, warm_template
+from swarm.vm.warmup import COMMON_MODULES, SEED_BYTES, interpreter_seconds, told_to_guest, warm_template
 
 log = logger(__name__)
 
@@ -46,6 +46,7 @@ TOKEN_FILE = "token"
 _ASK_SECONDS = 5.0
 _MEND_SECONDS, _MEND_SHARE = 2.0, 0.01  # how often to look, and how much of the time that may take
 _PRELOAD_FACTOR = 4  # of the boot timeout
+_IO_SECONDS = 60.0  # of each exchange with agentd, but for a run
 
 
 class Source(Protocol):
@@ -358,7 +359,7 @@ class Launcher:
     ) -> LiveVm:
         """Wait for agentd's answer, and give the guest its identity."""
         n = vm_slot.lease.n
-        channel = await self._connect(vm, n, token, undo, listening=listening, preloads=bool(spec.preload))
+        channel = await self._connect(vm, n, spec, token, undo, listening=listening)
         timeline.mark("answered")
         renewed = await while_alive(vm, channel.renew(identity, image=told_to_guest(spec)))
         check_renewed(renewed, identity, may_skip=not self._driver.networked)
@@ -388,16 +389,18 @@ class Launcher:
         return await finish_uninterrupted(create())
 
     async def _connect(
-        self, vm: Vm, n: int, token: bytes, undo: AsyncExitStack, *, listening: bool = False, preloads: bool = False
+        self, vm: Vm, n: int, spec: VmSpec, token: bytes, undo: AsyncExitStack, *, listening: bool = False
     ) -> Channel:
         """Wait for agentd's first answer: userspace is up. Raises BootFailed, with the end of the console."""
         # It answers after all preloads are imported; without KVM, a large package alone takes 15 seconds.
-        timeout_seconds = self._boot_timeout_seconds * (_PRELOAD_FACTOR if preloads else 1)
+        limits = {
+            "timeout_seconds": self._boot_timeout_seconds * (_PRELOAD_FACTOR if spec.preload else 1),
+            "io_timeout_seconds": _IO_SECONDS + interpreter_seconds(spec),
+        }
 
         async def connect() -> Channel:
-            return await undo.enter_async_context(
-                Channel.connect(vm.endpoint, token=token, timeout_seconds=timeout_seconds, listening=listening)
-            )
+            connecting = Channel.connect(vm.endpoint, token=token, listening=listening, **limits)
+            return await undo.enter_async_context(connecting)
 
         try:
             return await while_alive(vm, connect())
@@ -427,17 +430,14 @@ class Launcher:
     async def _build_template(self, spec: VmSpec, dir: Path) -> bytes:
         """Boot a VM, warm it up, and write its snapshot into ``dir``. Returns the token that its clones will know."""
         token = secrets.token_bytes(TOKEN_BYTES)
-        full = replace(spec, preload=() if told_to_guest(spec) else (*COMMON_MODULES, *spec.preload))
+        full = spec if told_to_guest(spec) else replace(spec, preload=(*COMMON_MODULES, *spec.preload))
         async with undoing() as undo:
             vm_slot = await self.slots.take(undo)
             first = secrets.token_bytes(TOKEN_BYTES)  # clones' agents can read it, and it opens none of them
             start = self._driver.boot(full, vm_slot.slot, vm_slot.lease.dir, for_template=True, token=first)
             vm = await self._started(start, vm_slot, Assignment(), undo, "")
             async with AsyncExitStack() as connection:
-                channel = await self._connect(vm, vm_slot.lease.n, first, connection, preloads=bool(spec.preload))
-                if failed := (await while_alive(vm, channel.hello())).preload_failed:
-                    said = "; ".join(f"{name}: {printable(why.encode())[:200]}" for name, why in failed.items())
-                    raise BootFailed(f"preloads of the agent's manifest can't be imported: {said}", retryable=False)
+                channel = await self._connect(vm, vm_slot.lease.n, spec, first, connection)
                 keeps_disk = getattr(self._driver, "keeps_disk", False)
                 await while_alive(vm, warm_template(channel, token, spec=spec, work_disk=keeps_disk))
             # The connection is closed, and with SO_LINGER 0 the guest keeps no TCP state of it.

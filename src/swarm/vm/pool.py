@@ -26,9 +26,9 @@ from typing import Final
 from swarm.base.aio import finish_uninterrupted, quietly, undoing
 from swarm.base.log import logger
 from swarm.errors import HostError, SwarmError
-from swarm.vm.driver import Template, VmSpec, told_to_guest
+from swarm.vm.driver import Template, VmSpec
 from swarm.vm.launcher import Assignment, Launcher, LiveVm
-from swarm.vm.warmup import warm_image, warm_vm
+from swarm.vm.warmup import told_to_guest, warm_image, warm_vm
 
 log = logger(__name__)
 

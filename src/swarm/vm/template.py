@@ -52,6 +52,7 @@ class TemplateInfo:
     vcpus: int
     disk_mb: int
     preload: tuple[str, ...]
+    interpreter: bool
     layer: str
     size_bytes: int
     created_at: float
@@ -75,6 +76,7 @@ def shape(spec: VmSpec, *, driver: Driver, probe: Probe) -> dict[str, object]:
         # A KVM guest has seen the host's CPU; an emulated one only the speed of its counter.
         "cpu": _host_cpu() if probe.accelerator == "kvm" else f"{host_tsc_khz()} kHz",
         "preload": sorted(spec.preload),
+        "interpreter": spec.interpreter,
         "layer": spec.layer.digest if spec.layer else "",
     }
 
@@ -155,6 +157,7 @@ class Templates:
                         vcpus=parts["vcpus"],
                         disk_mb=parts["disk_mb"],
                         preload=tuple(parts["preload"]),
+                        interpreter=parts.get("interpreter", False),
                         layer=parts.get("layer", ""),
                         size_bytes=sum((place / name).stat().st_blocks * 512 for name in data["files"]),
                         created_at=data["created_at"],

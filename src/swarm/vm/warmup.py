@@ -10,8 +10,8 @@ import os
 import secrets
 
 from swarm.channel import Channel, Identity
-from swarm.errors import AgentFailed, AgentTimeout
-from swarm.vm.driver import Root, VmSpec, told_to_guest
+from swarm.errors import AgentFailed, AgentTimeout, BootFailed
+from swarm.vm.driver import Root, VmSpec
 from swarm.vm.slots import ssh
 
 # What agents in Python import most. In a clone, where no code is translated yet, `import pathlib` alone takes 80 ms. It
@@ -24,12 +24,32 @@ COMMON_MODULES = (
 )  # fmt: skip
 # Twice the state of the kernel's generator.
 SEED_BYTES = 64
+# Of an image's Python, until it waits for an agent; and with modules of the agent's choice.
+_INTERPRETER_SECONDS, _PRELOAD_SECONDS = 30.0, 120.0
+
+
+def told_to_guest(spec: VmSpec) -> dict[str, object] | None:
+    """What agentd must know of the imported image that agents see, if they see one: see `Channel.renew`."""
+    root = spec.layer.root if spec.layer else None
+    if root is None:
+        return None
+    told: dict[str, object] = {"user": list(root.user), "env": dict(root.env)}
+    if spec.interpreter and root.python:
+        modules = {"common": list(COMMON_MODULES), "preload": list(spec.preload)}
+        told["interpreter"] = {"python": root.python, **modules, "seconds": interpreter_seconds(spec)}
+    return told
+
+
+def interpreter_seconds(spec: VmSpec) -> float:
+    """How much longer a renewal may take because the image's Python is started in it."""
+    return (_PRELOAD_SECONDS if spec.preload else _INTERPRETER_SECONDS) if spec.interpreter else 0.0
 
 
 async def warm_template(channel: Channel, token: bytes, *, spec: VmSpec, work_disk: bool) -> None:
     """Do once here what every clone would do: copy files up, read pages, open sockets, start threads, make interpreter
     state. The identity is a placeholder: its host key is used nowhere, and every clone gets its own before it is
-    used."""
+    used. Raises BootFailed that names what can't be preloaded."""
+    await _check_preloads(channel)
     image = told_to_guest(spec)
     placeholder = Identity(
         generation="template",
@@ -43,10 +63,11 @@ async def warm_template(channel: Channel, token: bytes, *, spec: VmSpec, work_di
     )
     await channel.renew(placeholder, image=image)
     if spec.layer and spec.layer.root:
-        await _read_programs(channel, spec.layer.root)
+        await _read_programs(channel, spec.layer.root, python=not spec.interpreter)
         for _ in range(3):
             await warm_image(channel)
         await channel.renew(placeholder)
+        await _check_preloads(channel)  # the image's Python has imported them only now
         return
     program = f"/agent/{secrets.token_hex(8)}.py"
     code = b"import json, pathlib, sys\njson.dumps(json.loads('{}'))\n"
@@ -58,6 +79,12 @@ async def warm_template(channel: Channel, token: bytes, *, spec: VmSpec, work_di
         await channel.run(["/bin/sh", "-c", "rm /work/.warmup && sync"], user="root", cwd="/", timeout_seconds=60)
     await channel.run(["/bin/rm", program], user="root", cwd="/", timeout_seconds=60)
     await channel.renew(placeholder)  # agentd forks the next agent's process ahead, so the template contains it
+
+
+async def _check_preloads(channel: Channel) -> None:
+    if failed := (await channel.hello()).preload_failed:
+        said = "; ".join(f"{name}: {why[:200]}" for name, why in failed.items())
+        raise BootFailed(f"preloads of the agent's manifest can't be imported: {said}", retryable=False)
 
 
 # A program that needs no file but its own: an image may have none. (ELF, x86-64: exit(0).)
@@ -75,11 +102,11 @@ os.sync()
 """
 
 
-async def _read_programs(channel: Channel, root: Root) -> None:
+async def _read_programs(channel: Channel, root: Root, *, python: bool) -> None:
     """Start what most programs of an image are started by, if it is there, so that clones need not read it from disk.
     What it says doesn't matter; that it does something useful is not expected of it."""
-    python = [[root.python, "-B", "-c", f"import {', '.join(COMMON_MODULES)}"]] if root.python else []
-    for argv in (["/bin/sh", "-c", ":"], *python):
+    imports = [[root.python, "-B", "-c", f"import {', '.join(COMMON_MODULES)}"]] if root.python and python else []
+    for argv in (["/bin/sh", "-c", ":"], *imports):
         with contextlib.suppress(AgentFailed, AgentTimeout):
             await channel.run(argv, timeout_seconds=60)
 

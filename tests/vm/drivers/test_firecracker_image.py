@@ -12,7 +12,8 @@ from swarm.channel import Channel, Identity, processes
 from swarm.channel import guest_files as files
 from swarm.channel.processes import Order
 from swarm.config import Settings
-from swarm.vm.driver import VmSpec, told_to_guest
+from swarm.vm.driver import VmSpec
+from swarm.vm.warmup import told_to_guest
 from tests.vm import firecracker_here
 from tests.vm.drivers.test_drivers import Host, Way
 from tests.vm.roots_here import Roots
@@ -31,8 +32,9 @@ async def test_an_agent_sees_the_images_files_alone(settings: Settings, tmp_path
         image = await firecracker_here.image(settings)
         settings = firecracker_here.with_firecracker(settings, image)
         choice = await wiring.choice(settings)
-        layer = await Roots(tmp_path, image).static(user=(1234, 1234, (77,), "/"), env={"WHO": "bare"})
-        spec = VmSpec(image=image, layer=layer)
+        user = (1234, 1234, (77,), "/")
+        layer = await Roots(tmp_path, image).static(user=user, env={"WHO": "bare"}, python="/busybox")
+        spec = VmSpec(image=image, layer=layer, interpreter=True)  # none waits here: a template has no image's root
         template = await wiring.launcher(settings, choice).template(spec)
         assert template
         way = Way(driver=choice.driver, settings=settings, spec=spec, template=template, timeout_seconds=60)

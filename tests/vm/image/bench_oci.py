@@ -1,7 +1,8 @@
 """What imported images cost, inside tools/sandbox.py: `python -m tests.vm.image.bench_oci [--rounds N] [--tickets N]`.
 
 An import beside what its programs need alone: `skopeo copy`, `umoci unpack` and `mkfs.erofs`, on a Debian root. Then
-tickets in QEMU, in turn: one program on Swarm's own root, the same on the imported Debian; and the memory of their VMs.
+tickets in QEMU, in turn: one program on Swarm's own root, the same on the imported Debian; a program in the image's
+Python, which is started for it or waits for it; and the memory of their VMs.
 """
 
 from __future__ import annotations
@@ -35,6 +36,22 @@ from tests.vm.image.oci_images import Layout
 
 BIN = Path(sys.executable).parent
 SCRIPT = '#!/bin/sh\ncat input.json > output.json\n[ -z "$(grep -o hold input.json)" ] || sleep 20\n'
+PROGRAM = """\
+import json, pathlib, time
+given = pathlib.Path("input.json").read_text()
+pathlib.Path("output.json").write_text(json.dumps(json.loads(given)))
+if "hold" in given:
+    time.sleep(20)
+"""
+IMAGE = "image: debian:test\n"
+# Name -> the rest of its manifest, and its file.
+AGENTS = {
+    "own": ("runtime: exec\nentry: [main.sh]\n", "main.sh", SCRIPT),
+    "imported": (f"runtime: exec\nentry: [main.sh]\n{IMAGE}", "main.sh", SCRIPT),
+    "started": (f"runtime: exec\nentry: [/usr/bin/python3, /agent/main.py]\n{IMAGE}", "main.py", PROGRAM),
+    "waiting": (f"runtime: python\nentry: [main.py]\n{IMAGE}", "main.py", PROGRAM),
+}
+PAIRS = (("own", "imported"), ("started", "waiting"))
 
 
 def out(line: str) -> None:
@@ -98,12 +115,12 @@ def tickets(ref: str, image: Image, place: Path, count: int) -> None:
 
     swarm("init", "--no-image")
     swarm("image", "import", ref, "--name", "debian:test")
-    for name, more in {"own": "", "imported": "image: debian:test\n"}.items():
+    for name, (manifest, file, text) in AGENTS.items():
         directory = place / name
         directory.mkdir()
-        (directory / "agent.yaml").write_text(f"name: {name}\nversion: 1.0.0\nruntime: exec\nentry: [main.sh]\n{more}")
-        (directory / "main.sh").write_text(SCRIPT)
-        (directory / "main.sh").chmod(0o755)
+        (directory / "agent.yaml").write_text(f"name: {name}\nversion: 1.0.0\n{manifest}")
+        (directory / file).write_text(text)
+        (directory / file).chmod(0o755)
         swarm("agent", "add", str(directory))
     engine = [str(BIN / "swarm-engine"), "start", "--foreground", "--max-vms=2"]
     log = (place / "engine.log").open("wb")
@@ -111,10 +128,10 @@ def tickets(ref: str, image: Image, place: Path, count: int) -> None:
         try:
             used = defaultdict[str, list[float]](list)
             for number in range(-1, count):
-                for name in ("own", "imported") if number % 2 else ("imported", "own"):
+                for name in [*AGENTS][:: 1 if number % 2 else -1]:
                     swarm("ticket", "add", f"{name} {number}", "--agent", name, "--input", "x=1", "--wait")
             for number in range(3):
-                for name in ("own", "imported"):
+                for name in AGENTS:
                     title = f"{name} holds {number}"
                     swarm("ticket", "add", title, "--agent", name, "--input", "x=hold")
                     used[name].append(memory(running.pid, home, title))
@@ -135,13 +152,14 @@ def tickets(ref: str, image: Image, place: Path, count: int) -> None:
         if int(turn) >= 0:  # the first ones took the templates
             for phase, ms in json.loads(timings).items():
                 phases[phase, name].append(ms)
-    for phase in sorted({phase for phase, _ in phases}):
-        own_ms, imported_ms = (statistics.median(phases[phase, name] or [0.0]) for name in ("own", "imported"))
-        ratio = f"{imported_ms / own_ms:.2f}" if own_ms else ""
-        out(f"{phase:<12} own {own_ms:8.1f} ms, imported {imported_ms:8.1f} ms, ratio {ratio}")
     middle = {name: statistics.median(values) for name, values in used.items()}
-    out(f"memory of a VM: own {middle['own']:.0f} MB, imported {middle['imported']:.0f} MB (PSS), "
-        f"ratio {middle['imported'] / middle['own']:.2f}")  # fmt: skip
+    for one, other in PAIRS:
+        for phase in sorted({phase for phase, _ in phases}):
+            one_ms, other_ms = (statistics.median(phases[phase, name] or [0.0]) for name in (one, other))
+            ratio = f"{other_ms / one_ms:.2f}" if one_ms else ""
+            out(f"{phase:<12} {one} {one_ms:8.1f} ms, {other} {other_ms:8.1f} ms, ratio {ratio}")
+        out(f"memory of a VM: {one} {middle[one]:.0f} MB, {other} {middle[other]:.0f} MB (PSS), "
+            f"ratio {middle[other] / middle[one]:.2f}")  # fmt: skip
 
 
 def title_of(home: Path, title: str) -> str:

@@ -72,6 +72,7 @@ GUEST_FILES: Final = {
     "init": "usr/sbin/swarm-init",
     "fstab": "usr/lib/swarm/fstab",
     "agentd.py": "usr/lib/swarm/agentd.py",
+    "interpreter.py": "usr/lib/swarm/interpreter.py",
     "sshd_config": "etc/ssh/sshd_config",
     "initramfs-init": "",  # in the initramfs instead
 }
