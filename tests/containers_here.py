@@ -1,7 +1,7 @@
 """Debian's podman, and tools to try a kernel with, for tests: a layer of Debian packages, as agents have them, in the
 cache of images. Tests lay it over the guest's own Debian, and have an image's root.
 
-``python -m tests.containers_here`` builds it (10 s, once for each guest image); status 1 with a line if that fails.
+``python -m tests.containers_here`` builds it (10 s, once for each base); status 1 with a line if that fails.
 """
 # ruff: noqa: T201 - a command
 
