@@ -21,7 +21,7 @@ from swarm.vm.image.oci.fetch import Access
 from swarm.vm.image.oci.store import Imported
 from tests import oci_here
 from tests.cli.test_images import Swarm, agent, env, place, swarm, ticket
-from tests.vm.image.oci_images import Layout, entry, folder, layer, with_apt
+from tests.vm.image.oci_images import Layout, entry, folder, layer, static, with_apt
 from tests.vm.npm_here import npm_from, npm_package, npm_registry, served
 from tests.vm.packages_here import archive, deb
 from tests.workflow.test_docs import blocks
@@ -52,7 +52,7 @@ def debian(place: Path, image: Image, files: str) -> Iterator[str]:
 
     asyncio.run(packages())
     source = f"deb [trusted=yes] http://{files}/archive bookworm main\n"
-    ref = with_apt(image, place, source=source, Env=["PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"])
+    ref = with_apt(image, place, source=source, python=False, Env=["PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"])
     with oci_here.running(place / "registry", tls=False) as registry:
         name = f"{registry.address}/debian:bookworm-slim"
         asyncio.run(run(["skopeo", "copy", "--quiet", "--dest-tls-verify=false", ref, f"docker://{name}"]))
@@ -64,9 +64,8 @@ def example(language: str, containing: str) -> str:
     return found
 
 
-def test_node_and_ffmpeg(swarm: Swarm, env: dict[str, str], place: Path, debian: str, files: str) -> None:
-    """By the Dockerfile, and npm's packages upon what it made. The address of the base, which is asked for without
-    TLS, is the only difference."""
+def test_node_and_ffmpeg(swarm: Swarm, env: dict[str, str], place: Path, debian: str) -> None:
+    """The address of the base, which is asked for without TLS, is the only difference."""
     dockerfile = example("dockerfile", "ffmpeg nodejs && rm -rf /var/lib/apt/lists/\\*\n$")
     assert dockerfile.startswith("FROM debian:bookworm-slim\n")
     source = agent(
@@ -83,25 +82,24 @@ def test_node_and_ffmpeg(swarm: Swarm, env: dict[str, str], place: Path, debian:
     assert json.loads(shown)["ticket"]["outputs"]["pictures"] == ["1.png", "2.png"], shown
     assert "2.png" in swarm("ticket", "files", "poster-1")
 
-    asyncio.run(images.build(recipe, name="node:test", access=Access(plain_http=True)))
-    words = npm_package("words", "1.2.3", {"index.js": "module.exports = { said: 'moo' }\n"})
+
+def test_npm_packages_upon_an_image(swarm: Swarm, env: dict[str, str], place: Path, files: str) -> None:
+    words = npm_package("words", "1.2.3", {"index.js": '{"inputs": "moo"}\n'})
     cowsay = npm_package(
-        "cowsay", "1.6.0", {"index.js": "module.exports = require('words')\n"}, requires={"words": "1"}
-    )
-    program = (
-        "import cow from 'cowsay'\nimport fs from 'fs'\n"
-        "fs.writeFileSync('output.json', JSON.stringify({inputs: cow.said}))\n"
-    )
-    manifest = "image: node:test\nruntime: exec\nentry: [/usr/bin/node, /agent/main.mjs]\nnpm: [cowsay@1.6.0]\n"
-    source = agent(place, "cow", f"{manifest}memory_mb: 512\n", main_mjs=program)
+        "cowsay", "1.6.0", {"cli.sh": "#!/bin/sh\ncat /node_modules/words/index.js\n"},
+        programs={"cowsay": "cli.sh"}, requires={"words": "1"},
+    )  # fmt: skip
     npm_registry(place / "npm", f"http://{files}/npm", [cowsay, words])
+    shell = [entry(f"bin/{name}", kind=tarfile.SYMTYPE, link="busybox") for name in ("sh", "cat")]
+    swarm("image", "import", Layout(place / "cow-layout").add("cow", [static(), layer(*shell)]), "--name", "cow:1")
     with npm_from(f"http://{files}/npm/", place), pytest.MonkeyPatch.context() as patch:
-        for variable in [one for one in os.environ if one.startswith("npm_config_")] + ["PATH"]:
+        for variable in ["PATH", *(one for one in os.environ if one.startswith("npm_config_"))]:
             patch.setitem(env, variable, os.environ[variable])
-        swarm("agent", "add", source)
-        swarm("agent", "add", source)
+        manifest = "image: cow:1\nentry: [/bin/sh, -c, 'cowsay > output.json']\nruntime: exec\nnpm: [cowsay@1.6.0]\n"
+        swarm("agent", "add", agent(place, "cow", manifest))
     assert ticket(swarm, env, "cow") == ("moo", "")
-    assert "agents/cow:" in swarm("image", "list")
+    listed = swarm("image", "list")
+    assert "agents/cow:" in listed and "cow@1.0.0" in listed
 
 
 MUSL = """

@@ -118,10 +118,13 @@ def _named(tag: str) -> dict[str, str]:
     return {"org.opencontainers.image.ref.name": tag}
 
 
-def with_apt(image: Image, place: Path, *, source: str = "", **config: Any) -> str:
+def with_apt(image: Image, place: Path, *, source: str, python: bool = True, **config: Any) -> str:
     """A reference of Swarm's own Debian root as an image, with apt, and ``source`` as its sources.list."""
     root = place / "debian"
     subprocess.run(["fsck.erofs", f"--extract={root}", str(image.root)], check=True, capture_output=True)
+    for left_out in () if python else ("usr/lib/python3*", "usr/bin/python3*", "usr/lib/x86_64-linux-gnu/perl*"):
+        for one in root.glob(left_out):
+            one.unlink() if one.is_symlink() or one.is_file() else shutil.rmtree(one)
     for package in oci_here.APT.glob("*.deb"):
         if package.name.partition("_")[0] not in image.packages:
             files = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(package)], check=True, capture_output=True).stdout
