@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ import pytest
 from swarm import config
 from swarm.app import doctor_wiring, setup, wiring
 from swarm.config import Settings
+from swarm.engine.engine import vm_spec
 from swarm.engine.run_once import run_ticket
-from swarm.vm.driver import Image
+from swarm.model import Agent
+from swarm.vm.driver import Image, Layer, Root, kernel_command_line
 from tests.engine.conftest import Bench, ended, serving
 from tests.vm.packages_here import wheel, wheels_from
 
@@ -43,6 +46,21 @@ def test_init_without_a_registry(
     found = [check for check in asyncio.run(doctor_wiring.examine(own)) if check.name == "layers"]
     assert [check.fix for check in found] == ["swarm agent build claude@1.1.1"]
     assert [place.name for place in (images / "layers").iterdir() if place.is_dir()] == []
+
+
+def test_whose_python_imports_what_is_preloaded() -> None:
+    """The image's, if the agent's program is run by that; then the guest's own has nothing to import."""
+    nothing = Path(os.devnull)
+    image = Image(
+        digest="", dir=nothing, kernel=nothing, kernel_elf=nothing, root=nothing, initramfs=None, boot_args=""
+    )
+    upon = {name: Layer(digest=name, path=nothing, root=root) for name, root in (("own", None), ("image", Root()))}
+    agent = Agent(id="", name="a", version="1", path=nothing, entry=("main.py",), runtime="python", preload=("json",))
+    specs = [vm_spec(one, image, layer) for one in (agent, replace(agent, runtime="exec")) for layer in upon.values()]
+    assert [spec.interpreter for spec in specs] == [False, True, False, False]
+    assert [spec.preload for spec in specs] == [("json",), ("json",), (), ()]
+    told = ["swarm.preload=json" in kernel_command_line(spec, token=b"") for spec in specs]
+    assert told == [True, False, False, False]
 
 
 async def test_a_ticket_without_its_layer_fails_alone(plain: Bench) -> None:
