@@ -32,7 +32,10 @@ HOST_PORT: Final = rf"^(([A-Za-z0-9.-]{{1,253}}|\[[0-9a-fA-F:.]{{2,45}}\]):{_POR
 PATH: Final = r"^(/[A-Za-z0-9._~/-]+)?$"
 # Packages that an agent may require: pinned for PyPI, and never an option, a path or an address for pip or apt.
 REQUIREMENT: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,100}(\[[A-Za-z0-9,._-]{1,100}\])?==[0-9][0-9A-Za-z.+!_-]{0,60}$"
-NPM_PACKAGE: Final = r"^(@[a-z0-9][a-z0-9._-]{0,100}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,100}@[0-9][0-9A-Za-z.+-]{0,60}$"
+NPM_PACKAGE: Final = (
+    r"^(@[a-z0-9][a-z0-9._-]{0,100}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,100}"
+    r"@[0-9]{1,9}\.[0-9]{1,9}\.[0-9]{1,9}([-+][0-9A-Za-z.+-]{1,60})?$"
+)
 DEBIAN_PACKAGE: Final = r"^[a-z0-9][a-z0-9+.-]{1,80}(=[0-9][0-9A-Za-z.+:~-]{0,60})?$"
 # Each pattern in words, as "must be …". Error messages show these, never the pattern.
 IN_WORDS: Final = {

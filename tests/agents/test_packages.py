@@ -72,6 +72,8 @@ examples:
         ("packages: ['../evil.deb']", "packages.0: must be a Debian package such as git"),
         ("npm: [cowsay]", "npm.0: must be an npm package with its exact version, such as cowsay@1.6.0"),
         ("npm: ['cowsay@^1.6.0']", "npm.0"),
+        ("npm: [cowsay@1.6]", "npm.0"),
+        ("npm: [cowsay@1.x]", "npm.0"),
         ("npm: ['x@npm:y@1.0.0']", "npm.0"),
         ("npm: ['--global@1.0.0']", "npm.0"),
         ("npm: ['@../x@1.0.0']", "npm.0"),

@@ -123,7 +123,7 @@ def test_one_static_program(swarm: Swarm, env: dict[str, str], layout: Layout, p
     assert "tool:1 can't be built: " in swarm(*build, "--target", "none", status=1)
     assert "goes with --name, and not with --force" in swarm(*build, "--force", status=2)
     assert "needs --dockerfile" in swarm("image", "build", "--build-arg", "TO=2", status=2)
-    assert "was built: `swarm image build` builds it again" in swarm("image", "pull", "tool:1", status=2)
+    assert "was built: `swarm image build --name tool:1` builds it again" in swarm("image", "pull", "tool:1", status=2)
     swarm("agent", "add", source)
     assert ticket(swarm, env, "static") == ({"x": 2}, "")
     assert "static@1.0.0" in swarm("image", "list") and "/bin/busybox sh /bin/run" in swarm("image", "show", "tool:1")

@@ -481,3 +481,20 @@ def test_any_text_is_a_workflow_or_invalid(text: str) -> None:
             Graph(validate.load(whole, REGISTRY))
         except Invalid as error:
             assert error.problems
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs", "fits"),
+    [
+        ("agents/one:0123", "agents/two:0123", True),  # the same lists upon the same image
+        ("agents/one:0123", "agents/one:4567", False),
+        ("debian:12", "debian:12", True),
+        ("debian:12", "ubuntu:12", False),
+        ("debian:12", None, False),
+        (None, "debian:12", True),
+    ],
+)
+def test_an_agents_image_is_what_it_was_made_of(own: str | None, theirs: str | None, *, fits: bool) -> None:
+    echo = agent("echo")
+    lacks = validate._lacks(dataclasses.replace(echo, image=own), dataclasses.replace(echo, image=theirs))
+    assert (lacks == "") is fits

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from swarm.errors import StoreError
 from swarm.store.store import Store
+from swarm.vm.image.oci.build import SOURCE
 from swarm.vm.image.oci.info import ImportedInfo, Name
 from swarm.vm.image.oci.reference import known_as
 from swarm.vm.image.oci.store import Imported
@@ -38,7 +39,12 @@ async def users(store: Store) -> dict[str, list[str]]:
 
 
 def listed(imported: Imported, used: Mapping[str, list[str]]) -> list[Listed]:
-    """Every name, and every image without one."""
+    """Every name, and every image without one. Who uses an image that something was added to, uses its base too."""
+    used = dict(used)
+    for name in imported.names().values():
+        base = name.source.removeprefix(SOURCE)
+        if base.startswith("sha256:") and name.name in used:
+            used[base] = [*used.get(base, ()), *used[name.name]]
     return [_listed(info, name, used) for info in imported.list() for name in (info.names or (None,))]
 
 

@@ -19,8 +19,8 @@ from swarm.base.aio import finish_uninterrupted
 from swarm.base.files import is_full, no_space
 from swarm.base.manifest import Invalid, Problem
 from swarm.base.progress import silent
-from swarm.errors import Conflict, HostError, NoSpace, UsageError
-from swarm.model import Agent
+from swarm.errors import Conflict, HostError, NoSpace, NotFound, UsageError
+from swarm.model import BUILT, Agent
 from swarm.store.store import Store
 from swarm.vm.driver import Layer
 from swarm.vm.image.layer import HostLayers, Layers
@@ -103,7 +103,15 @@ class Uploads:
         with _named(archive):
             directory = await _unpacked(archive)
             agent = await asyncio.to_thread(agents.read, directory)
-        await layers.build(agent, self._images, self._layers, progress=silent)
+        try:
+            await layers.build(agent, self._images, self._layers, progress=silent)
+        except NotFound:
+            if not (agent.image or "").startswith(BUILT):
+                raise
+            raise Conflict(
+                f"the image of {agent.name} is not built, and no archive's is: unpack it on the server's host, look at "
+                "it, and `swarm agent add` the directory"
+            ) from None
         with _named(archive):
             return await packages.add_agent(store, directory, self._into, replace=replace, by=by)
 

@@ -146,7 +146,7 @@ async def build(
             if number >= ours:
                 async with cli.store() as store:
                     one = await agents.Installed(cli.settings.agents, store).here(one)
-            await built_image(cli, agents.read_package(one.path), trusted=True)
+            await built_image(cli, agents.read_package(one.path), trusted=True, force=force)
             layer = await built(cli, one, force=force)
         except SwarmError as error:
             if len(found) == 1:
@@ -312,7 +312,7 @@ def _is_path(source: str) -> bool:
     return "/" in source or Path(source).exists()
 
 
-async def built_image(cli: Cli, package: Package, *, trusted: bool) -> None:
+async def built_image(cli: Cli, package: Package, *, trusted: bool, force: bool = False) -> None:
     """Build the image of the agent's `build`, or of what it adds to an image, unless it is here, or on a host that
     shares it. ``trusted``: its author is, with running programs in containers of this host."""
     import tempfile
@@ -332,9 +332,9 @@ async def built_image(cli: Cli, package: Package, *, trusted: bool) -> None:
     async with oneoff.others(cli.settings) as others:
         images = wiring.imported(cli.settings, others)
         if package.base:
-            if await additions.here(images, added, name=name):
+            if not force and await additions.here(images, added, name=name):
                 return
-        else:
+        elif not force:
             with suppress(NotFound, ImageError):
                 await images.layer(name)
                 return
@@ -345,12 +345,16 @@ async def built_image(cli: Cli, package: Package, *, trusted: bool) -> None:
             )
         if (build := package.build) is None:
             with cli.out.progress(f"image of {agent.name}") as progress:
-                await additions.add(images, added, name=name, progress=progress)
+                await additions.add(images, added, name=name, fresh=force, progress=progress)
             return
         with tempfile.TemporaryDirectory(prefix="swarm-build-") as scratch:
             copy = agents.install(agent.path, Path(scratch)).path  # just the files that name the image
             recipe = Recipe(
-                dockerfile=copy / build.dockerfile, context=copy / build.context, args=build.args, target=build.target
+                dockerfile=copy / build.dockerfile,
+                context=copy / build.context,
+                args=build.args,
+                target=build.target,
+                fresh=force,
             )
             with cli.out.progress(f"image of {agent.name}") as progress:
                 await images.build(recipe, name=name, progress=progress)

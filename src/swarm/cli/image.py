@@ -310,6 +310,7 @@ async def verify(
     import asyncio
 
     from swarm.app import wiring
+    from swarm.vm.image.oci.store import anew
 
     store = wiring.imported(cli.settings)
     told = []
@@ -320,7 +321,7 @@ async def verify(
         if not cli.out.json:
             cli.out.line(f"{name} {wrong or 'is as it was imported'}")
             if wrong:
-                cli.out.note(f"`swarm image import {name}` imports it again")
+                cli.out.note(anew(name, info.names[0].source if info.names else "") + " again")
     if cli.out.json:
         cli.out.dump(told)
     elif not told:

@@ -71,6 +71,7 @@ async def _skopeo(what: str, registry: str, options: list[str], given: bytes) ->
     argv = ["skopeo", what, *options, "--", registry]
     done = await process.run(argv, input=given, timeout_seconds=120, check=False)
     if done.returncode:
-        raise UsageError(
-            f"can't {what[:3]} {what[3:]} at {registry}: {fetch.reason(done.stderr.decode(errors='replace'))}"
-        )
+        said = done.stderr.decode(errors="replace")
+        refused = "invalid username" in said or "unauthorized" in said
+        why = "it refuses these credentials" if refused else fetch.reason(said)
+        raise UsageError(f"can't {what[:3]} {what[3:]} at {registry}: {why}")

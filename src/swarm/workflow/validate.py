@@ -19,7 +19,7 @@ from swarm.base.manifest import Document, Enough, Invalid, KeyPath, Problem, Pro
 from swarm.cel import template
 from swarm.cel.expression import Expression, ExpressionError
 from swarm.errors import NotFound
-from swarm.model import FILES, Agent
+from swarm.model import BUILT, FILES, Agent
 from swarm.workflow import parse
 from swarm.workflow.definition import Schedule, Step, Webhook, Workflow
 from swarm.workflow.pinning import Registry, TooLarge, count_steps, pin
@@ -413,12 +413,17 @@ def _lacks(own: Agent, theirs: Agent) -> str:
     for name in ("memory_mb", "vcpus", "disk_mb"):
         if (wanted := getattr(own, name)) > (given := getattr(theirs, name)):
             return f"needs {name} {wanted}; that one's is {given}"
-    if own.image is not None and own.image != theirs.image:
+    if own.image is not None and _made_of(own.image) != _made_of(theirs.image or ""):
         return f"needs the image {own.image}"
     for name in ("requirements", "packages", "npm"):
         if missing := sorted({*getattr(own, name)} - {*getattr(theirs, name)}):
             return f"needs the {name} {', '.join(missing)}, which that one has not"
     return ""
+
+
+def _made_of(image: str) -> str:
+    """What an agent's image is built of is in its name, behind the agent's."""
+    return image.rpartition(":")[2] if image.startswith(BUILT) else image
 
 
 def _object(properties: Mapping[str, Any]) -> dict[str, Any]:

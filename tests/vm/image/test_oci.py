@@ -262,7 +262,7 @@ async def test_credentials_that_are_kept(
     swarm = [str(Path(sys.executable).with_name("swarm")), "registry"]
     argv = [*swarm, "login", registry.address, "-u", oci_here.USER, "--cert-dir", registry.cert_dir]
     wrong = await run(argv, input=b"wrong\n", check=False)
-    assert wrong.returncode == 2 and b"the registry wants other credentials" in wrong.stderr
+    assert wrong.returncode == 2 and b"it refuses these credentials" in wrong.stderr
     assert (await run(argv, input=b"", check=False)).returncode == 2
     with pytest.raises(ImageError, match="`swarm registry login` keeps them"):
         await imported.import_(name, access=Access(cert_dir=registry.cert_dir))

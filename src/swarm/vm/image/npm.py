@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from swarm.base import files, process
 from swarm.errors import HostError, ImageError, UsageError
@@ -24,17 +24,27 @@ MODULES: Final = "node_modules"
 _OPTIONS: Final = (
     "--ignore-scripts", "--no-audit", "--no-fund", "--no-update-notifier", "--no-progress", "--save-exact",
     "--package-lock", "--omit=dev", "--no-global", "--git=false", "--loglevel=error",
+    # So what the lock says of where a package comes from is said only of those that are from elsewhere.
+    "--omit-lockfile-registry-resolved",
+    # As far as this npm knows them; what came from elsewhere is found in any case.
+    "--allow-git=none", "--allow-file=none", "--allow-directory=none", "--allow-remote=none",
 )  # fmt: skip
+_VARIABLES: Final = ("NODE_EXTRA_CA_CERTS", "XDG_CONFIG_HOME", "NPM_TOKEN", "NODE_AUTH_TOKEN")
 _NO_NETWORK: Final = re.compile(r"ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ETIMEDOUT|ENETUNREACH|EHOSTUNREACH")
 _ERROR: Final = re.compile(r"^npm (?:ERR!|error) (?!code |A complete log|errno )(?:404|notarget)? *(.+)$", re.MULTILINE)
+_INSTALLED: Final = ".package-lock.json"  # npm's own list
 _MAX_LOCK: Final = 64 << 20
 
 
 def check(packages: Sequence[str]) -> None:
     """Raises UsageError for what npm might take for an option, a path or an address; HostError without npm."""
+    versions = dict[str, str]()
     for one in packages:
+        name, _, version = one.rpartition("@")
         if not re.fullmatch(NPM_PACKAGE, one):
-            raise UsageError(f"the npm package {one[:100]!r} is not pinned as name@version")
+            raise UsageError(f"the npm package {one[:100]!r} is not pinned as name@1.2.3")
+        if versions.setdefault(name, version) != version:
+            raise UsageError(f"the npm package {name} is wanted as {versions[name]} and as {version}")
     if process.which("npm") is None:
         raise HostError("npm packages are fetched by npm, which this host lacks: apt-get install npm")
 
@@ -44,44 +54,62 @@ async def fetch(packages: Sequence[str], into: Path, *, most: int) -> Mapping[st
     everything in it. Raises UsageError, ImageError, HostError."""
     check(packages)
     files.make_directory(into)
+    await _npm(["install", "--package-lock-only"], packages, into, most)
+    _check_sources(_listed(into / "package-lock.json"))
+    await _npm(["ci"], (), into, most)
+    found = _listed(into / MODULES / _INSTALLED)
+    return {path.removeprefix(f"{MODULES}/"): str(one.get("version")) for path, one in sorted(found.items())}
+
+
+async def _npm(command: Sequence[str], packages: Sequence[str], into: Path, most: int) -> None:
     done = await process.run(
         ["setpriv", "--pdeathsig", "KILL", "--", "prlimit", f"--fsize={most}", "--",
-         "npm", "install", *_OPTIONS, f"--prefix={into}", "--", *packages],
+         "npm", *command, *_OPTIONS, f"--prefix={into}", "--", *packages],
         cwd=into, env=_environment(), timeout_seconds=TIMEOUT_SECONDS, check=False,
     )  # fmt: skip
     if done.returncode != 0:
         raise _explained((done.stdout[-8192:] + done.stderr[-8192:]).decode(errors="replace"), into)
-    return installed(into / MODULES)
 
 
-def installed(modules: Path) -> dict[str, str]:
-    """What npm's own list says: path below node_modules -> version. Raises ImageError."""
-    place = modules / ".package-lock.json"
+def _listed(lock: Path) -> dict[str, dict[str, Any]]:
+    """What npm chose: path -> what the lock says. Raises ImageError."""
     try:
-        if place.stat().st_size > _MAX_LOCK:
+        if lock.stat().st_size > _MAX_LOCK:
             raise ValueError("it is too large")
-        listed = json.loads(place.read_bytes())["packages"]
-        return {str(path).removeprefix(f"{MODULES}/"): str(one.get("version")) for path, one in sorted(listed.items())}
+        told = json.loads(lock.read_bytes())["packages"]
+        return {str(path): dict(one) for path, one in told.items() if path}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ImageError(f"npm left no list of what it installed: {error!r}") from error
+        raise ImageError(f"npm left no list of what it chose: {error!r}") from error
+
+
+def _check_sources(listed: Mapping[str, Mapping[str, Any]]) -> None:
+    """A package may name a directory of this host as its dependency, or an address that only this host reaches.
+    Raises UsageError."""
+    for path, one in listed.items():
+        if one.get("link") or one.get("resolved") or not path.startswith(f"{MODULES}/") or ".." in path.split("/"):
+            source = str(one.get("resolved") or path)[:200]
+            raise UsageError(f"the npm packages want {path[:200]!r} from {source!r}, which is not the registry")
 
 
 def link_programs(packages: Sequence[str], modules: Path, into: Path) -> None:
-    """Links in ``into``, which is usr/local/bin of a root, to the programs of these packages, not of others."""
+    """Links in ``into`` to the programs of these packages, not of others."""
     files.make_directory(into)
-    names = {one.rpartition("@")[0] for one in packages}
-    for link in sorted((modules / ".bin").glob("*")):
-        target = link.readlink().parts  # ../cowsay/cli.js, ../@scope/name/cli.js
-        place, owner = into / link.name, {"/".join(target[1:2]), "/".join(target[1:3])}
-        if owner & names and not place.is_symlink() and not place.exists():
-            place.symlink_to(Path("../../..", MODULES, ".bin", link.name))
+    listed = _listed(modules / _INSTALLED)
+    for name in sorted({one.rpartition("@")[0] for one in packages}):
+        package = modules / name
+        for program, file in dict(listed.get(f"{MODULES}/{name}", {}).get("bin") or {}).items():
+            target, place = (package / str(file)).resolve(), into / str(program)
+            if not re.fullmatch(r"\w[\w.+-]*", str(program)) or not target.is_relative_to(package.resolve()):
+                continue
+            if target.is_file() and not place.is_symlink() and not place.exists():
+                target.chmod(0o755)
+                place.symlink_to(Path("/", MODULES, name, target.relative_to(package.resolve())))
 
 
 def _environment() -> dict[str, str]:
     """The variables that tell npm where packages come from."""
     own = {name: value for name, value in os.environ.items() if name.lower().startswith("npm_config_")}
-    also = {name: os.environ[name] for name in ("NODE_EXTRA_CA_CERTS", "XDG_CONFIG_HOME") if name in os.environ}
-    return own | also
+    return own | {name: os.environ[name] for name in _VARIABLES if name in os.environ}
 
 
 def _explained(said: str, where: Path) -> Exception:

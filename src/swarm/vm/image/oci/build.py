@@ -9,6 +9,7 @@ it again by what goes into it, so the same inputs give the same image, and build
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import tempfile
@@ -53,7 +54,7 @@ default_capabilities = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NE
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """``args``: NAME=VALUE. ``secrets``: what `RUN --mount=type=secret,id=ID` finds, by id. ``network``: for RUN.
-    ``base``: the key of an image that was imported, which its first FROM means."""
+    ``base``: the key of an image that was imported, which its first FROM means. ``fresh``: all steps are run."""
 
     dockerfile: Path
     context: Path
@@ -62,6 +63,7 @@ class Recipe:
     secrets: Sequence[tuple[str, Path]] = ()
     network: bool = True
     base: str = ""
+    fresh: bool = False
 
 
 def secret(text: str) -> tuple[str, Path]:
@@ -72,10 +74,14 @@ def secret(text: str) -> tuple[str, Path]:
     return told["id"], Path(told["src"])
 
 
-def check(recipe: Recipe, limits: Limits) -> None:
-    """Raises UsageError, HostError."""
+def check_host() -> None:
+    """Raises HostError."""
     if missing := [program for program in _PROGRAMS if process.which(program) is None]:
         raise HostError(f"building an image needs {' and '.join(missing)}, which this host lacks: {INSTALL}")
+
+
+def check(recipe: Recipe, limits: Limits) -> None:
+    """Raises UsageError."""
     for what, place, most in (
         ("Dockerfile", recipe.dockerfile, _MAX_DOCKERFILE),
         *((f"secret {name!r}", place, _MAX_SECRET) for name, place in recipe.secrets),
@@ -119,6 +125,8 @@ class Buildah:
             "--iidfile=/stage/id", "--file=/Dockerfile", *(f"--build-arg={one}" for one in recipe.args),
             *([f"--target={recipe.target}"] if recipe.target else []),
         ]  # fmt: skip
+        if recipe.fresh:
+            argv.append("--no-cache")
         if base is not None:
             argv.append(f"--from=oci:/base:{TAG}")
             shown.append((base, "/base"))
@@ -127,7 +135,7 @@ class Buildah:
             shown.append((place, f"/secrets/{number}"))
         if access.cert_dir:
             shown.append((Path(access.cert_dir), "/certs"))
-        if auth_file := access.auth_file or _auth_file():
+        if auth_file := access.auth_file or _auth_file(self.stage):
             shown.append((Path(auth_file), "/auth.json"))
         argv += Access(
             plain_http=access.plain_http, cert_dir="/certs" if access.cert_dir else "",
@@ -137,7 +145,9 @@ class Buildah:
         def told(said: str) -> None:
             if steps := _STEP.findall(said):
                 number, of, text = steps[-1]
-                progress(f"step {number} of {of}: {_plain(text)[:60]}", 0.6 * int(number) / (int(of) + 1))
+                progress(
+                    f"step {number} of {of}: {_plain(_without_mounts(text))[:60]}", 0.6 * int(number) / (int(of) + 1)
+                )
 
         code, said = await self._run([*argv, "/context"], told, shown=shown, leads_out=recipe.network)
         if code:
@@ -206,7 +216,8 @@ class Buildah:
     def _explain(self, said: str, code: int, recipe: Recipe | None) -> Exception:
         for place in [place for _, place in recipe.secrets] if recipe else []:
             for line in place.read_text(errors="replace").splitlines():
-                said = said.replace(line, "***") if len(line.strip()) >= _LEAST_MASKED else said
+                for one in (line, *(word for word in line.split() if "://" in word)):
+                    said = said.replace(one, "***") if len(one.strip()) >= _LEAST_MASKED else said
         if "no space left" in said:
             return OSError(28, "no space left")
         *_, last = ["", *(line for line in said.splitlines() if line.startswith("Error: "))]
@@ -215,8 +226,9 @@ class Buildah:
             name = step.split()[1] if step.startswith("FROM ") and len(step.split()) > 1 else "a base image"
             return fetch.explain(last.removeprefix("Error: "), Reference(name=name, source=name))
         if found := re.search(r'building at STEP "(.*)": while running runtime: exit status (\d+)$', last):
-            ran = re.sub(r"--mount=\S+ ", "", found[1])
-            ended = f"{_plain(ran)[:200]} ended with status {found[2]}"
+            ended = f"{_plain(_without_mounts(found[1]))[:200]} ended with status {found[2]}"
+            if re.search(r"/bin/sh`?(: No such file| not found in \$PATH)", said):
+                return ImageError(f"{self.name} can't be built: the image has no /bin/sh, which RUN needs")
             return ImageError(f"{self.name} can't be built: {ended}: {_output(said) or 'it printed nothing'}")
         what = re.sub(r" &imagebuilder\.Step\{.*", "", last.removeprefix("Error: "))
         what = what or " ".join(said.splitlines()[-1:]) or process.how_it_ended(code)
@@ -242,22 +254,38 @@ async def discard(cache: Path) -> int:
 
 def _output(said: str) -> str:
     """The last lines of what a RUN printed; if it could not start, why."""
-    lines = [_plain(line) for line in _STEP.split(said)[-1].splitlines()]
+    lines = [_plain(line) for line in _STEP.split(said)[-1].partition("Error: building at STEP")[0].splitlines()]
     found = [line for line in lines if line.strip() and not _NOISE.match(line)]
     if not found:
         found = [line.partition(": ")[2] for line in lines if line.startswith("error running container")]
     return " | ".join(line[:300] for line in found[-_LAST_LINES:])
 
 
+def _without_mounts(text: str) -> str:
+    return re.sub(r"--mount=\S+ ", "", text)
+
+
 def _plain(text: str) -> str:
     return "".join(one if one.isprintable() else " " for one in text).strip()
 
 
-def _auth_file() -> str:
-    """Where skopeo finds credentials, too."""
+def _auth_file(stage: Path) -> str:
+    """All credentials that skopeo finds, in one file: of two for one registry, those that it finds first."""
     runtime, home = os.environ.get("XDG_RUNTIME_DIR"), Path.home()
-    places = [
-        os.environ.get("REGISTRY_AUTH_FILE"), runtime and f"{runtime}/containers/auth.json",
-        "/run/containers/0/auth.json", home / ".config/containers/auth.json", home / ".docker/config.json",
-    ]  # fmt: skip
-    return next((str(place) for place in places if place and Path(place).is_file()), "")
+    places = [os.environ.get("REGISTRY_AUTH_FILE")]
+    if not places[0]:
+        places = [
+            runtime and f"{runtime}/containers/auth.json", "/run/containers/0/auth.json",
+            str(home / ".config/containers/auth.json"), str(home / ".docker/config.json"),
+        ]  # fmt: skip
+    found = dict[str, object]()
+    for place in places:
+        try:
+            found = {**json.loads(Path(place or "/dev/null").read_bytes())["auths"], **found}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # as for skopeo, it has none
+            continue
+    if not found:
+        return ""
+    (stage / "auth.json").touch(mode=0o600)
+    (stage / "auth.json").write_text(json.dumps({"auths": found}))
+    return str(stage / "auth.json")

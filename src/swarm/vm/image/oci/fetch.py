@@ -219,6 +219,11 @@ def _entry(blobs: Path, name: str, names: Sequence[str]) -> dict[str, Any] | Non
     return {"mediaType": kind, "digest": f"sha256:{name}", "size": len(text), "annotations": named}
 
 
+def has(blobs: Path, names: Sequence[str]) -> bool:
+    """What came from another host has none."""
+    return all((blobs / "sha256" / str(one)).exists() for one in names)
+
+
 def damaged(blobs: Path, names: list[str]) -> list[Path]:
     """Those of these blobs that are not what their digests say: a disk that lost power may have torn them."""
     return [blobs / "sha256" / one for one in names if files.sha256_of(blobs / "sha256" / one) != one]

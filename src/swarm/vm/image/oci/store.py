@@ -23,7 +23,7 @@ import builtins
 import contextlib
 import json
 import shutil
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -63,7 +63,7 @@ class Imported:
     def __init__(self, *, dir: Path, limits: Limits | None = None, others: Elsewhere | None = None) -> None:
         self.dir = dir
         self._others = others
-        self._blobs = dir / _BLOBS
+        self.blobs = dir / _BLOBS
         self.limits = limits or Limits()
 
     def knows(self, image: str) -> bool:
@@ -90,7 +90,7 @@ class Imported:
             raise NotFound(missing(image)) from None
         except ImageError as error:
             name = self.names().get(known_as(image))
-            raise ImageError(f"{error}; {_anew(image, name.source if name else '')} again") from error
+            raise ImageError(f"{error}; {anew(image, name.source if name else '')} again") from error
 
     def named(self, digest: str) -> Layer | None:
         """The image with that `Layer.digest`, for VMs that are made from a list. Not verified."""
@@ -183,6 +183,8 @@ class Imported:
         reference = parse(text)
         if name:
             reference = replace(reference, name=parse(name).name)
+        if reference.name.startswith(BUILT):  # of a registry, whose names anybody may take
+            raise UsageError(f"{reference.name}: names that begin with {BUILT} are of images that are built for agents")
         require_root("an imported image")
         fetch.check_host()
         access = (access or Access()).anywhere()
@@ -194,28 +196,43 @@ class Imported:
                     progress("asking the registry", 0.0)
                     pinned = await fetch.digest_of(reference, access)
                     known = next((one.key for one in self.names().values() if one.digest == pinned), None)
-                    if known and await self._is_complete(known):
+                    if (
+                        known
+                        and await self._is_complete(known)
+                        and fetch.has(self.blobs, self._manifest(known)["blobs"])
+                    ):
                         return self._name(reference, access, known, pinned), False
                 return await self._import(reference, access, pinned, progress)
 
     async def build(
-        self, recipe: Recipe, *, name: str, source: str = "", access: Access | None = None, progress: Progress = silent
-    ) -> tuple[Name, bool]:
+        self, recipe: Recipe | Callable[[Path], Awaitable[Recipe]], *, name: str, source: str = "",
+        access: Access | None = None, progress: Progress = silent,
+    ) -> tuple[Name, bool]:  # fmt: skip
         """Build an image from a Dockerfile, and import it under that name. False: it was here already, as it is when
-        nothing that goes into it has changed. ``source``: what is said of where it came from. Needs root. Raises
+        nothing that goes into it has changed. ``source``: what is said of where it came from. ``recipe``
+        may be what makes one, in a directory of the build's own. Needs root. Raises
         UsageError, ImageError, HostError."""
-        reference = Reference(name=parse(name).name, source=source or f"{build.SOURCE}{recipe.dockerfile.absolute()}")
+        reference = Reference(name=parse(name).name, source=source)
         require_root("an image of a Dockerfile")
         fetch.check_host()
-        await asyncio.to_thread(build.check, recipe, self.limits)
+        build.check_host()
+        if isinstance(recipe, Recipe):
+            reference = replace(reference, source=source or f"{build.SOURCE}{recipe.dockerfile.absolute()}")
+            await asyncio.to_thread(build.check, recipe, self.limits)
         access = (access or Access()).anywhere()
         self._make_blobs()
         with self._errors():
             async with self._locked(progress):
                 await build.tidy(cache := self.dir / _BUILDS, self.limits.bytes)
                 async with staging.staged(self.dir) as stage:
+                    if not isinstance(recipe, Recipe):
+                        recipe = await recipe(stage / "recipe")
+                        await asyncio.to_thread(build.check, recipe, self.limits)
                     buildah = Buildah(name=reference.name, cache=cache, stage=stage, limits=self.limits)
-                    base = await asyncio.to_thread(self._laid_out, recipe.base, stage) if recipe.base else None
+                    base = stage / "base" if recipe.base else None
+                    if base:
+                        blobs = list(self.info(recipe.base).blobs)
+                        await asyncio.to_thread(fetch.lay_out, base, self.blobs, blobs)
                     id_ = await buildah.build(recipe, access, progress, base=base)
                     key = buildah.imported(id_)
                     if is_new := not (key and await self._is_complete(key)):
@@ -223,21 +240,6 @@ class Imported:
                         key = (await self._import(pushed, access, "", progress))[0].key
                         buildah.remember(id_, key)
                 return self._name(reference, access, key, str(self._manifest(key)["digest"])), is_new
-
-    def _laid_out(self, key: str, stage: Path) -> Path:
-        try:
-            fetch.lay_out(stage / "base", self._blobs, list(self.info(key).blobs))
-        except ImageError as error:
-            raise ImageError(f"nothing can be added to the image {key[:12]}: {error}: import it again") from None
-        return stage / "base"
-
-    def blob(self, digest: str) -> dict[str, Any]:
-        """A config, as it was fetched. Raises ImageError."""
-        try:
-            told = json.loads(fetch.read_blob(self._blobs, digest))
-            return dict(told)
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise ImageError(f"the image's config can't be read: {error}: import it again") from error
 
     async def _import(self, reference: Reference, access: Access, pinned: str, progress: Progress) -> tuple[Name, bool]:
         async with staging.staged(self.dir) as stage:
@@ -248,7 +250,7 @@ class Imported:
                     await self._make(image, key, reference, stage, progress)
                 except ImageError:
                     # skopeo doesn't look into what it finds to be here already, and a disk may have lost power.
-                    torn = await asyncio.to_thread(fetch.damaged, self._blobs, image.blobs)
+                    torn = await asyncio.to_thread(fetch.damaged, self.blobs, image.blobs)
                     for blob in torn:
                         blob.unlink()
                     if not torn:
@@ -261,19 +263,19 @@ class Imported:
         self, reference: Reference, access: Access, pinned: str, stage: Path, progress: Progress
     ) -> Fetched:
         return await fetch.copy(
-            reference, access, pinned=pinned, layout=stage / "layout", blobs=self._blobs, most=self.limits.bytes,
+            reference, access, pinned=pinned, layout=stage / "layout", blobs=self.blobs, most=self.limits.bytes,
             progress=lambda size: progress(f"fetching: {unpack.about(size)}", 0.1),
         )  # fmt: skip
 
     async def _make(self, image: Fetched, key: str, reference: Reference, stage: Path, progress: Progress) -> None:
         name = reference.name
         root = await unpack.unpack(
-            image, stage=stage, blobs=self._blobs, name=name, limits=self.limits,
+            image, stage=stage, blobs=self.blobs, name=name, limits=self.limits,
             progress=lambda step, _: progress(step, 0.4),
         )  # fmt: skip
         told = await asyncio.to_thread(config.root_of, image.config, root, name)
         file = await unpack.pack(
-            root, stage=stage, blobs=self._blobs, name=name,
+            root, stage=stage, blobs=self.blobs, name=name,
             progress=lambda step, share: progress(step, 0.7 + 0.3 * share),
         )  # fmt: skip
         ready = stage / "ready"
@@ -317,7 +319,7 @@ class Imported:
     async def is_behind(self, name: Name) -> bool:
         """Has its registry another image under that name by now? Files are always read again. Raises UsageError too."""
         if name.source.startswith(build.SOURCE):
-            raise UsageError(f"{name.name} was built: `swarm image build` builds it again of what it is made of now")
+            raise UsageError(f"{name.name} was built: {anew(name.name, name.source)} again")
         if name.source == others.SOURCE:
             raise UsageError(f"{name.name} came from another host: after `swarm image rm`, the next ticket fetches it")
         reference = Reference(name=name.name, source=name.source)
@@ -362,7 +364,7 @@ class Imported:
     def _collect_blobs(self) -> int:
         wanted = {blob for info in self.list() for blob in info.blobs}
         freed = 0
-        for blob in (self._blobs / "sha256").glob("*"):
+        for blob in (self.blobs / "sha256").glob("*"):
             if blob.name not in wanted:
                 freed += blob.stat().st_size
                 blob.unlink()
@@ -372,8 +374,8 @@ class Imported:
 
     def _make_blobs(self) -> None:
         with files.host_errors(f"can't make {self.dir}"):
-            files.make_directory(self._blobs)
-            self._blobs.chmod(0o700)  # images may be private
+            files.make_directory(self.blobs)
+            self.blobs.chmod(0o700)  # images may be private
 
     @asynccontextmanager
     async def _locked(self, progress: Progress) -> AsyncIterator[None]:
@@ -436,10 +438,10 @@ class Imported:
 
 
 def missing(image: str) -> str:
-    return f"the image {image!r} is not on this host: {_anew(image)}, `swarm image list` shows those that are here"
+    return f"the image {image!r} is not on this host: {anew(image)}, `swarm image list` shows those that are here"
 
 
-def _anew(image: str, source: str = "") -> str:
+def anew(image: str, source: str = "") -> str:
     if image.startswith(BUILT):
         return f"`swarm agent build {image.removeprefix(BUILT).partition(':')[0]}` builds it"
     if source.startswith(build.SOURCE):
