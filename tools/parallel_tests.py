@@ -32,8 +32,11 @@ MOVED = ["tests/cli/test_packages.py", "tests/cli/test_sandbox.py"]  # from the 
 # Firecracker guests are slow on hosts without VMX or SVM, so they have a sandbox of their own, with a higher priority.
 # Elsewhere it ends first by far, so it has the store's tests on PostgreSQL too, and some long ones of the others.
 LONG = [
+    "additions",
     "cluster",
+    "containers",
     "host_network",
+    "image_examples",
     "images",
     "sharing",
     "simulate",
