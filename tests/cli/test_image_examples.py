@@ -69,7 +69,7 @@ def test_node_and_ffmpeg(swarm: Swarm, env: dict[str, str], place: Path, debian:
     dockerfile = example("dockerfile", "ffmpeg nodejs && rm -rf /var/lib/apt/lists/\\*\n$")
     assert dockerfile.startswith("FROM debian:bookworm-slim\n")
     source = agent(
-        place, "poster", example("yaml", "name: poster").partition("version: 1.0.0\n")[2],
+        place, "poster", manifest_of("poster"),
         Dockerfile=dockerfile.replace("debian:bookworm-slim", debian), main_js=example("js", "ffmpeg"),
     )  # fmt: skip
     name = str(agents.read(Path(source)).image)
@@ -102,43 +102,50 @@ def test_npm_packages_upon_an_image(swarm: Swarm, env: dict[str, str], place: Pa
     assert "agents/cow:" in listed and "cow@1.0.0" in listed
 
 
-MUSL = """
-#include <pwd.h>
+PROGRAM = """
 #include <stdio.h>
 int main(void) {
     char text[4096];
     FILE *from = fopen("/work/input.json", "r"), *to = fopen("/work/output.json", "w");
     size_t size = fread(text, 1, sizeof text, from);
     fwrite(text, 1, size, to);
-    puts(getpwuid(0)->pw_dir);
     return fclose(to);
 }
 """
 
 
-def for_musl(place: Path) -> bytes:
-    """A program that needs musl's loader and library."""
-    (place / "musl.c").write_text(MUSL)
+def manifest_of(name: str) -> str:
+    return example("yaml", f"name: {name}\n").partition("version: 1.0.0\n")[2]
+
+
+def test_a_program_alone(swarm: Swarm, env: dict[str, str], place: Path) -> None:
+    source = agent(place, "alone", manifest_of("alone"), Dockerfile=example("dockerfile", "COPY program"))
+    subprocess.run(["cc", "-static", "-x", "c", "-o", f"{source}/program", "-"], input=PROGRAM.encode(), check=True)
+    swarm("agent", "add", source)
+    assert ticket(swarm, env, "alone") == ({"x": 1}, "")
+
+
+def for_musl(program: Path) -> None:
+    """It needs musl's loader and library."""
     own, shared = oci_here.MUSL / "usr/lib/x86_64-linux-musl", oci_here.MUSL / "lib/x86_64-linux-musl"
     argv = [
         "gcc", "-nostdinc", "-isystem", str(oci_here.MUSL / "usr/include/x86_64-linux-musl"), "-fno-stack-protector",
-        "-nostdlib", "-no-pie", "-o", str(place / "musl"), str(own / "crt1.o"), str(own / "crti.o"),
-        str(place / "musl.c"), f"-L{shared}", "-lc", str(own / "crtn.o"),
+        "-nostdlib", "-no-pie", "-o", str(program), str(own / "crt1.o"), str(own / "crti.o"),
+        "-x", "c", "-", "-x", "none", f"-L{shared}", "-lc", str(own / "crtn.o"),
         "-Wl,-dynamic-linker,/lib/ld-musl-x86_64.so.1",
     ]  # fmt: skip
-    subprocess.run(argv, check=True)
-    return (place / "musl").read_bytes()
+    subprocess.run(argv, input=PROGRAM.encode(), check=True)
 
 
 def test_programs_for_musl(swarm: Swarm, env: dict[str, str], place: Path) -> None:
     """As Alpine has them: its C library, and none of glibc."""
     libc = (oci_here.MUSL / "lib/x86_64-linux-musl/libc.so").read_bytes()
     ref = Layout(place / "musl-layout").add("musl", [layer(
-        folder("lib"), folder("bin"), folder("etc"),
-        entry("lib/ld-musl-x86_64.so.1", libc, mode=0o755), entry("bin/program", for_musl(place), mode=0o755),
+        folder("lib"), folder("etc"), entry("lib/ld-musl-x86_64.so.1", libc, mode=0o755),
         entry("lib/libc.musl-x86_64.so.1", kind=tarfile.SYMTYPE, link="ld-musl-x86_64.so.1"),
-        entry("etc/passwd", b"root:x:0:0::/the/home:/bin/sh\n"),
-    )], Cmd=["/bin/program"])  # fmt: skip
+    )], Cmd=["/bin/sh"])  # fmt: skip
     swarm("image", "import", ref, "--name", "alpine:3")
-    swarm("agent", "add", agent(place, "musl", "image: alpine:3\n"))
+    source = agent(place, "musl", manifest_of("musl"))
+    for_musl(Path(source, "program"))
+    swarm("agent", "add", source)
     assert ticket(swarm, env, "musl") == ({"x": 1}, "")
