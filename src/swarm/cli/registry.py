@@ -48,7 +48,7 @@ async def login(
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     options = [f"--authfile={file}", f"--username={username}", "--password-stdin"]
     options += ["--tls-verify=false"] if plain_http else [f"--cert-dir={cert_dir}"] if cert_dir else []
-    await _skopeo("login", registry, options, password)
+    await _skopeo("login", registry, options, password, failed=f"can't log in at {registry}")
     cli.out.line(f"logged in at {registry} as {username}: kept in {file}")
 
 
@@ -56,11 +56,11 @@ async def login(
 async def logout(cli: Cli, registry: _Registry) -> None:
     """Forget the credentials for a registry."""
     file = Path.home() / _FILE
-    await _skopeo("logout", registry, [f"--authfile={file}"], b"")
+    await _skopeo("logout", registry, [f"--authfile={file}"], b"", failed=f"can't log out at {registry}")
     cli.out.line(f"logged out at {registry}")
 
 
-async def _skopeo(what: str, registry: str, options: list[str], given: bytes) -> None:
+async def _skopeo(command: str, registry: str, options: list[str], given: bytes, *, failed: str) -> None:
     """Raises HostError, UsageError."""
     from swarm.base import process
     from swarm.errors import HostError, UsageError
@@ -68,10 +68,10 @@ async def _skopeo(what: str, registry: str, options: list[str], given: bytes) ->
 
     if process.which("skopeo") is None:
         raise HostError(f"registries are asked by skopeo, which this host lacks: {fetch.INSTALL}")
-    argv = ["skopeo", what, *options, "--", registry]
+    argv = ["skopeo", command, *options, "--", registry]
     done = await process.run(argv, input=given, timeout_seconds=120, check=False)
     if done.returncode:
         said = done.stderr.decode(errors="replace")
         refused = "invalid username" in said or "unauthorized" in said
         why = "it refuses these credentials" if refused else fetch.reason(said)
-        raise UsageError(f"can't {what[:3]} {what[3:]} at {registry}: {why}")
+        raise UsageError(f"{failed}: {why}")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from swarm.base import process
 from swarm.base.process import run
 from swarm.errors import HostError, ImageError, NotFound, UsageError
 from swarm.vm.driver import Image
@@ -244,7 +245,8 @@ async def test_npm_packages_need_nothing_of_the_image(tmp_path: Path) -> None:
 
 
 async def test_without_npm(imported: Imported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("swarm.base.process.which", lambda name: None if name == "npm" else f"/usr/bin/{name}")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(process, "_SYSTEM_PATH", "")
     with pytest.raises(HostError, match="npm packages are fetched by npm, which this host lacks"):
         await add(imported, replace(WANTED, requirements=[], packages=[]))
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Final
 
 from swarm.base import files, process
-from swarm.errors import CommandFailed, ImageError
+from swarm.errors import CommandFailed, ImageError, UsageError
+from swarm.fields import DEBIAN_PACKAGE
 
 # The part of the host's configuration that is kept: how apt reaches a registry (apt.conf(5)).
 _ACQUIRE: Final = re.compile(
@@ -91,6 +92,13 @@ async def host_options() -> list[str]:
     """The host's apt.conf lines that say how to reach a registry (proxies, timeouts, certificates)."""
     dump = (await process.run(["apt-config", "dump"])).stdout.decode(errors="replace")
     return [line for line in dump.splitlines() if _ACQUIRE.fullmatch(line) and not line.endswith(' "";')]
+
+
+def check(packages: Sequence[str]) -> None:
+    """Raises UsageError for what apt might take for an option or a file."""
+    for one in packages:
+        if not re.fullmatch(DEBIAN_PACKAGE, one):
+            raise UsageError(f"the package {one!r} is not a Debian package name, or `name=version`")
 
 
 class PrivateApt:

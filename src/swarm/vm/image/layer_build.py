@@ -23,7 +23,6 @@ from swarm.base import files
 from swarm.base.aio import finish_uninterrupted
 from swarm.base.progress import Progress
 from swarm.errors import CommandFailed, ImageError, UsageError
-from swarm.fields import DEBIAN_PACKAGE
 from swarm.vm.driver import Image
 from swarm.vm.image import apt, elf, npm, pip
 from swarm.vm.image.base import UNWANTED_PATHS
@@ -84,9 +83,7 @@ async def build(
     HostError.
     """
     pip.check(requirements)
-    for one in packages:
-        if not re.fullmatch(DEBIAN_PACKAGE, one):
-            raise UsageError(f"the package {one!r} is not a Debian package name, or `name=version`")
+    apt.check(packages)
     if npm_packages:
         npm.check(npm_packages)
         if not any(one.partition("=")[0].startswith("nodejs") for one in (*packages, *requirements)):

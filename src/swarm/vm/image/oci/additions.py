@@ -23,7 +23,6 @@ from typing import Any, Final
 from swarm.base import process
 from swarm.base.progress import Progress, silent
 from swarm.errors import ImageError, NotFound, UsageError
-from swarm.fields import DEBIAN_PACKAGE
 from swarm.vm.image import apt, npm, pip
 from swarm.vm.image.oci import build, fetch, others
 from swarm.vm.image.oci.build import Recipe
@@ -125,9 +124,7 @@ def _check(wanted: Additions, base: ImportedInfo, images: Imported) -> str:
     pip.check(wanted.requirements)
     if wanted.npm:
         npm.check(wanted.npm)
-    for one in wanted.packages:
-        if not re.fullmatch(DEBIAN_PACKAGE, one):
-            raise UsageError(f"the package {one!r} is not a Debian package name, or `name=version`")
+    apt.check(wanted.packages)
     if wanted.requirements and not base.root.python:
         raise UsageError(
             f"the image {wanted.base!r} has no Python 3.8 or newer in its PATH, which requirements are for: a "

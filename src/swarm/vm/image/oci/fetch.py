@@ -201,7 +201,7 @@ def lay_out(place: Path, blobs: Path, names: Sequence[str]) -> None:
             (into / name).hardlink_to(blobs / "sha256" / name)
         entry = next(entry for name in names if (entry := _entry(place / "blobs", name, names)))
     except (FileNotFoundError, StopIteration):
-        raise ImageError("its layers are not here, since it came from another host") from None
+        raise ImageError("the base image's layers are not all here: import it again") from None
     (place / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [entry]}))
     (place / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
 

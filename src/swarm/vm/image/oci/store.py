@@ -209,9 +209,8 @@ class Imported:
         access: Access | None = None, progress: Progress = silent,
     ) -> tuple[Name, bool]:  # fmt: skip
         """Build an image from a Dockerfile, and import it under that name. False: it was here already, as it is when
-        nothing that goes into it has changed. ``source``: what is said of where it came from. ``recipe``
-        may be what makes one, in a directory of the build's own. Needs root. Raises
-        UsageError, ImageError, HostError."""
+        nothing that goes into it has changed. ``source``: what is said of where it came from. ``recipe`` may
+        be what makes one, in a directory of the build's own. Needs root. Raises UsageError, ImageError, HostError."""
         reference = Reference(name=parse(name).name, source=source)
         require_root("an image of a Dockerfile")
         fetch.check_host()
