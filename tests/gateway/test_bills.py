@@ -174,6 +174,15 @@ ASKED = {"least": usd(input=100), "most": usd(input=500)}
 BROKEN = {"least": usd(input=40, output=4), "most": usd(input=40, output=70)}
 ALL = {"least": usd(output=2000), "most": usd(input=500, output=2000)}
 
+# What the gateway asks nobody for, and doesn't undo: it sees neither a usage nor its key in it.
+PACKED = (
+    "content-encoding: x-gzip",
+    "content-encoding: compress",
+    "content-encoding: gzip, gzip",
+    "content-encoding: gzip , identity",
+    "content-encoding: identity\r\ncontent-encoding: gzip",
+)
+
 CASES: dict[str, Case] = {
     # whole
     "whole": exact(whole(message(usage())), COST),
@@ -183,6 +192,15 @@ CASES: dict[str, Case] = {
     "gzip": exact(
         whole(gzip.compress(json.dumps(message(usage())).encode()), headers="content-encoding: gzip\r\n"), COST
     ),
+    "whole, behind a byte order mark": exact(whole(b"\xef\xbb\xbf" + json.dumps(message(usage())).encode()), COST),
+    "whole, not quite UTF-8": exact(whole(json.dumps(message(usage())).encode().replace(b"Clocks", b"\xff")), COST),
+    "control characters in its head": exact(whole(message(usage()), headers="x-a: a\x01\x7fb\r\n"), COST),
+    **{
+        f"packed as {packed.strip()!r}": guess(
+            whole(gzip.compress(json.dumps(message(usage())).encode()), headers=f"{packed}\r\n"), note="none", **ALL
+        )
+        for packed in PACKED
+    },
     "no output": exact(whole(message(usage(output=0), content=[])), usd(input=40)),
     "cache read": exact(whole(message(usage(cache_read_input_tokens=900))), COST + usd(read=900)),
     "cache write": exact(whole(message(usage(cache_creation_input_tokens=800))), COST + usd(write=800)),
@@ -265,6 +283,15 @@ CASES: dict[str, Case] = {
         bill=usd(input=40, output=2), **streamed(start(), *TEXT, delta(usage(40, 2)), STOP)
     ),
     "streamed, CRLF": exact(sse(start(), *TEXT, delta(usage()), STOP, line_end="\r\n"), COST, stream=True),
+    "streamed, behind a byte order mark": exact(
+        bill=usd(input=40, output=30, read=7),
+        **streamed(
+            b"\xef\xbb\xbfdata: %b\n\n" % json.dumps(start(usage(40, 1, cache_read_input_tokens=7))).encode(),
+            *TEXT,
+            delta({"output_tokens": 30}),
+            STOP,
+        ),
+    ),
     "streamed, one event over several lines": exact(
         bill=COST,
         **streamed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import io
 import json
 import threading
@@ -19,6 +20,8 @@ from swarm.gateway.process import Server
 from swarm.ledger import Order
 from tests.conftest import PATIENCE_SECONDS
 from tests.gateway.conftest import KEY, Harness, ask
+from tests.gateway.test_bills import PACKED, Service, whole
+from tests.gateway.test_http import exchange
 
 OUTPUT_USD = 5 / 1e6  # a token of claude-haiku-4-5
 
@@ -193,6 +196,48 @@ async def test_a_service_that_shows_what_it_was_sent(harness: Harness) -> None:
                 assert KEY not in said + str(answer.headers)
                 assert said == f"you sent {'*' * len(KEY)} and {KEY[:5]}"
                 assert answer.headers["x-seen"] == "*" * len(KEY)
+
+
+SEEN = f"you sent {KEY}".encode()
+SHOWN = {
+    "in its reason": b"HTTP/1.1 400 %b\r\ncontent-length: 0\r\n\r\n" % SEEN,
+    "as a header's name": b"HTTP/1.1 400 no\r\n%b: x\r\ncontent-length: 0\r\n\r\n" % KEY.encode(),
+    "in a trailer": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\nx-seen: %b\r\n\r\n" % SEEN,
+    "in a header that is none": b"HTTP/1.1 400 no\r\n%b\r\ncontent-length: 0\r\n\r\n" % SEEN,
+    "in a length": b"HTTP/1.1 400 no\r\ncontent-length: %b\r\n\r\n" % SEEN,
+    **{
+        packed: whole(gzip.compress(gzip.compress(SEEN) if "gzip, gzip" in packed else SEEN), headers=f"{packed}\r\n")
+        for packed in PACKED
+    },
+    "transfer-encoding: gzip": b"HTTP/1.1 200 OK\r\ntransfer-encoding: gzip, chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n"
+    % (len(gzip.compress(SEEN)), gzip.compress(SEEN)),
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+async def test_a_service_that_shows_its_key_where_nobody_looks(harness: Harness, name: str) -> None:
+    async with (
+        Service().serving() as service,
+        harness.listener(await harness.claim(), base_url=service.url) as listener,
+    ):
+        service.answers["x"] = SHOWN[name]
+        body = json.dumps(ask()).encode()
+        head = b"POST /v1/messages HTTP/1.1\r\nhost: x\r\nx-case: x\r\nTOKEN\r\ncontent-length: %d\r\n\r\n" % len(body)
+        said = await exchange(listener, head + body)
+    packed = said.partition(b"\r\n\r\n")[2]
+    while packed.startswith(b"\x1f\x8b"):
+        said += (packed := gzip.decompress(packed))
+    assert said.startswith(b"HTTP/1.1 ") and KEY.encode() not in said
+    assert KEY not in str(harness.events) + str(harness.sql("SELECT * FROM model_calls"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-16-le", "utf-32", "utf-32-le"])
+async def test_a_request_in_another_encoding_is_refused_in_words(harness: Harness, encoding: str) -> None:
+    """Python would read it, with a codec that the gateway's process can't load any more."""
+    async with harness.listener(await harness.claim()) as listener:
+        status, said = await post(listener, json.dumps(ask()).encode(encoding))
+    assert status == 400 and "a JSON object in UTF-8" in said
+    assert harness.api.seen == []
 
 
 async def test_who_hangs_up_before_the_call_was_sent_holds_no_money(harness: Harness) -> None:

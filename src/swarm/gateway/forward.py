@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import functools
 import io
-import json
 import socket
 import time
 import uuid
@@ -34,7 +33,7 @@ from swarm.gateway.metering_request import AmbiguousRequest, MeteredRequest, cou
 from swarm.gateway.passage import GuestGone, Passage, to_guest
 from swarm.gateway.prices import Price, Prices
 from swarm.gateway.upstreams import Upstream
-from swarm.gateway.usage import COUNTS, total
+from swarm.gateway.usage import COUNTS, json_of, total
 from swarm.gateway.wire import error
 from swarm.ledger import Account, Busy, Granted, Ledger, Limit, Order, Refused, Reservation, Spend
 
@@ -229,7 +228,7 @@ class Gateway:
                 proxy=wire.proxy_of(upstream.base_url),
                 trace_request_ctx=(Call(None, None, self._ledger, upstream), len(asked)),
             ) as answer:
-                said = json.loads(await answer.content.read(_COUNT_BYTES)) if answer.status == 200 else {}
+                said = json_of(await answer.content.read(_COUNT_BYTES)) if answer.status == 200 else {}
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, RecursionError):
             return None
         tokens = said.get("input_tokens") if isinstance(said, dict) else None
@@ -273,8 +272,13 @@ class Gateway:
                 ) as answer,
             ):
                 call.answer_started(answer)
+                if packed := wire.unreadable(answer):
+                    call.note = f"{upstream.name} answered with {packed}, and was asked for none"
+                    return error(502, "api_error", f"gateway: {call.note}")
                 response = web.StreamResponse(
-                    status=answer.status, reason=answer.reason, headers=wire.returned(answer, masker)
+                    status=answer.status,
+                    reason=masker.text(answer.reason or ""),
+                    headers=wire.returned(answer, masker),
                 )
                 if answer.content_length is not None and not (call.changes_answer or wire.is_decompressed(answer)):
                     response.content_length = answer.content_length
@@ -297,6 +301,8 @@ class Gateway:
                 call.connection_lost()
             late = isinstance(problem, TimeoutError)
             why = f"{upstream.name} was silent for too long" if late else f"{upstream.name} can't be reached"
+            if isinstance(problem, aiohttp.ClientResponseError):
+                why = f"the answer of {upstream.name} can't be read"
             call.note = f"{why}: {type(problem).__name__}"
             if response is None:
                 return error(504 if late else 502, "timeout_error" if late else "api_error", f"gateway: {call.note}")

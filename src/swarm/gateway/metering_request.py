@@ -117,12 +117,14 @@ def read(body: bytes, upstream: Upstream) -> tuple[MeteredRequest, bytes]:
     if sum(map(body.count, (b"{", b"[", b","))) > _MAX_VALUES:
         raise AmbiguousRequest("the request has too many values")
     try:
-        given = json.loads(body, object_pairs_hook=_object)
+        given = json.loads(body.decode(), object_pairs_hook=_object)  # some services take UTF-16, and others don't
         model = given["model"]
         if not isinstance(model, str):
             raise TypeError
     except (ValueError, RecursionError, TypeError, KeyError):
-        raise AmbiguousRequest("the request must be a JSON object with a model, and without duplicate names") from None
+        raise AmbiguousRequest(
+            "the request must be a JSON object in UTF-8, with a model, and without duplicate names"
+        ) from None
     if not model.isprintable():
         raise AmbiguousRequest("the model's name must be printable")
     if why := _refusal(given, upstream):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import json
 import re
@@ -31,6 +32,12 @@ _EVENT_END: Final = re.compile(rb"(?<=\n\n)|(?<=\r\n\r\n)")
 COUNTS: Final = ("input", "output", "cache_read", "cache_write")
 # What answers say in words, not in numbers, besides the model: how the call was served.
 _WORDS: Final = ("speed", "inference_geo", "service_tier")
+
+
+def json_of(data: bytes) -> Any:
+    """Always as UTF-8: by itself, Python would guess, and look for a codec that this process can't load any more.
+    Raises ValueError, RecursionError."""
+    return json.loads(data.removeprefix(codecs.BOM_UTF8).decode(errors="replace"))
 
 
 def dig(value: Any, path: str) -> Any:
@@ -72,7 +79,7 @@ def without_usage(events: bytes) -> bytes:
 def _is_usage(event: bytes) -> bool:
     data = b"".join(line[5:] for line in event.splitlines() if line.startswith(b"data:"))
     try:
-        said = json.loads(data) if len(data) <= _MAX_REPORT_BYTES else None
+        said = json_of(data) if len(data) <= _MAX_REPORT_BYTES else None
     except (ValueError, RecursionError):
         return False
     return isinstance(said, dict) and said.get("choices") == [] and isinstance(said.get("usage"), dict)
@@ -212,7 +219,7 @@ class Meter:
         unparsed, self._unparsed, self._unparsed_bytes = self._unparsed, [], 0
         for events in unparsed:
             data: list[bytes] = []
-            for line in (*events.splitlines(), b""):
+            for line in (*events.removeprefix(codecs.BOM_UTF8).splitlines(), b""):
                 if line.startswith(b"data:"):
                     data.append(line[5:])
                 elif not line and data:  # the end of an event
@@ -222,7 +229,7 @@ class Meter:
 
     def _parse(self, text: bytes) -> None:
         try:
-            event = json.loads(text)
+            event = json_of(text)
         except (ValueError, RecursionError):
             if text.strip() == b"[DONE]":  # of one dialect, at the end of its streams
                 self._finished, self._final = True, self._reported

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 import urllib.request
 import zlib
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -31,6 +32,9 @@ _NOT_FORWARDED: Final = _HOP_BY_HOP | {
     "x-http-method-override", "x-http-method", "x-method-override", "x-original-url", "x-rewrite-url",
 }  # fmt: skip
 _NOT_RETURNED: Final = _HOP_BY_HOP | {"set-cookie", "alt-svc"}
+_UNDONE: Final = frozenset({"gzip", "deflate", "br", "zstd"})  # by aiohttp, if it stands alone
+_COMPRESSED: Final = _UNDONE | {"x-gzip", "compress", "x-compress", "dcb", "dcz"}
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 class UnreadableBody(Exception):
@@ -62,7 +66,23 @@ def decompressed(body: bytes, encoding: str, most: int) -> bytes:
 
 def is_decompressed(answer: aiohttp.ClientResponse) -> bool:
     """Has aiohttp undone the answer's compression? (We ask for none, but some services compress all the same.)"""
-    return answer.headers.get("content-encoding", "").lower() in ("gzip", "deflate", "br", "zstd")
+    return answer.headers.get("content-encoding", "").lower() in _UNDONE
+
+
+def unreadable(answer: aiohttp.ClientResponse) -> str:
+    """How an answer is packed so that its usage could not be read, nor a key in it be masked; '' if it is not."""
+    content = answer.headers.getall("content-encoding", [])
+    transfer = _words(answer.headers.getall("transfer-encoding", []))
+    if transfer not in ([], ["chunked"]):
+        return f"transfer-encoding: {', '.join(transfer)[:50]}"
+    words = _words(content)
+    if len(content) > 1 or len(words) > 1 or (words and words[0] in _COMPRESSED and not is_decompressed(answer)):
+        return f"content-encoding: {', '.join(words)[:50]}"
+    return ""
+
+
+def _words(values: Iterable[str]) -> list[str]:
+    return [word for value in values for each in value.split(",") if (word := each.strip().lower())]
 
 
 def forwarded(
@@ -80,12 +100,12 @@ def forwarded(
 def returned(answer: aiohttp.ClientResponse, masker: KeyMasker) -> CIMultiDict[str]:
     undone = {"content-encoding"} if is_decompressed(answer) else set()
     headers = _passed(answer.headers, _NOT_RETURNED | {"content-length"} | undone)
-    return CIMultiDict((name, masker.text(value)) for name, value in headers.items())
+    return CIMultiDict((masker.text(name), masker.text(value)) for name, value in headers.items())
 
 
 class KeyMasker:
     """Masks the key in an answer: some services quote the request in their errors. The mask is as long as the key, so
-    that content-length stays right."""
+    that content-length stays right. In an answer's head (`text`), control characters become spaces (RFC 9110 5.5)."""
 
     def __init__(self, key: str) -> None:
         self._key = key.encode()
@@ -93,7 +113,7 @@ class KeyMasker:
 
     def text(self, text: str) -> str:
         key = self._key.decode()
-        return text.replace(key, "*" * len(key))
+        return _CONTROL.sub(" ", text.replace(key, "*" * len(key)))
 
     def feed(self, data: bytes) -> bytes:
         """What may be passed on: everything except what could be the start of the key."""
