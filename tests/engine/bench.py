@@ -39,6 +39,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Final
 
 import structlog
 
@@ -250,43 +251,47 @@ def idle(directory: Path, seconds: float) -> None:
         out(f"idle engine         {share:.2%} of a core, {memory} MB resident")
 
 
-def bare(file: str) -> None:
-    """What any engine must write for a ticket, by the least that can: a process that looks each millisecond, and for
-    each ready ticket runs two transactions of a few prepared statements, with the tables and indexes as they are."""
+def bare(file: str, how: str) -> None:
+    """What any engine must write for a ticket: a process that looks each millisecond, and for each ready ticket runs
+    two transactions of a few prepared statements, with the tables and indexes as they are. ``how``: the rows that Swarm
+    writes ("rows"), or the ticket's alone ("ticket"), which nobody can do without."""
     connection = sqlite3.connect(file, isolation_level=None, timeout=60)
     for pragma in ("synchronous = NORMAL", "foreign_keys = ON"):
         connection.execute(f"PRAGMA {pragma}")
-    event = "INSERT INTO events (ticket_id, step_id, attempt_id, kind, data) VALUES (?, 'main', ?, 'transition', ?)"
     out("ready")
     while not select.select([sys.stdin], [], [], 0.001)[0]:
         for (id_,) in connection.execute("SELECT id FROM tickets WHERE state = 'ready' LIMIT 8").fetchall():
-            connection.execute("BEGIN IMMEDIATE")
-            connection.execute("UPDATE tickets SET state = 'in_progress', run_id = ? WHERE id = ?", (f"r-{id_}", id_))
-            run = "INSERT INTO workflow_runs (id, ticket_id, status) VALUES (?, ?, 'running')"
-            connection.execute(run, (f"r-{id_}", id_))
-            step = (
-                "INSERT INTO step_executions (id, run_id, step_id, status, attempt_id) "
-                "VALUES (?, ?, 'main', 'running', ?)"
-            )
-            connection.execute(step, (f"s-{id_}", f"r-{id_}", f"a-{id_}"))
-            attempt = (
-                "INSERT INTO attempts (id, step_execution_id, number, worker, lease_until) VALUES (?, ?, 1, 'w', 0)"
-            )
-            connection.execute(attempt, (f"a-{id_}", f"s-{id_}"))
-            connection.execute(event, (id_, f"a-{id_}", '{"of": "ticket", "to": "in_progress"}'))
-            connection.execute("COMMIT")
-            connection.execute("BEGIN IMMEDIATE")
-            connection.execute("UPDATE attempts SET outcome = 'succeeded', timings = '{}' WHERE id = ?", (f"a-{id_}",))
-            connection.execute("UPDATE step_executions SET status = 'completed' WHERE id = ?", (f"s-{id_}",))
-            connection.execute("UPDATE workflow_runs SET status = 'completed' WHERE id = ?", (f"r-{id_}",))
-            connection.execute("UPDATE tickets SET state = 'done', outputs = '{}' WHERE id = ?", (id_,))
-            connection.execute(event, (id_, f"a-{id_}", '{"of": "ticket", "to": "done"}'))
-            connection.execute("COMMIT")
+            for statements in (_BEGINS, _ENDS):
+                connection.execute("BEGIN IMMEDIATE")
+                for statement in statements[: None if how == "rows" else 1]:
+                    connection.execute(statement, {"id": id_})
+                connection.execute("COMMIT")
+
+
+_EVENT: Final = (
+    "INSERT INTO events (ticket_id, step_id, attempt_id, kind, data) VALUES (:id, 'main', 'a-' || :id, 'transition', "
+)
+_BEGINS: Final = (
+    "UPDATE tickets SET state = 'in_progress', run_id = 'r-' || :id WHERE id = :id",
+    "INSERT INTO workflow_runs (id, ticket_id, status) VALUES ('r-' || :id, :id, 'running')",
+    "INSERT INTO step_executions (id, run_id, step_id, status, attempt_id) "
+    "VALUES ('s-' || :id, 'r-' || :id, 'main', 'running', 'a-' || :id)",
+    "INSERT INTO attempts (id, step_execution_id, number, worker, lease_until) "
+    "VALUES ('a-' || :id, 's-' || :id, 1, 'w', 0)",
+    _EVENT + """'{"of": "ticket", "to": "in_progress"}')""",
+)
+_ENDS: Final = (
+    "UPDATE tickets SET state = 'done', outputs = '{}' WHERE id = :id",
+    "UPDATE attempts SET outcome = 'succeeded', timings = '{}' WHERE id = 'a-' || :id",
+    "UPDATE step_executions SET status = 'completed' WHERE id = 's-' || :id",
+    "UPDATE workflow_runs SET status = 'completed' WHERE id = 'r-' || :id",
+    _EVENT + """'{"of": "ticket", "to": "done"}')""",
+)
 
 
 @contextlib.contextmanager
-def bare_engine(file: Path) -> Iterator[int]:
-    argv = [sys.executable, "-m", "tests.engine.bench", "--bare", str(file)]
+def bare_engine(file: Path, how: str) -> Iterator[int]:
+    argv = [sys.executable, "-m", "tests.engine.bench", "--bare", str(file), "--how", how]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdin is not None and running.stdout is not None
         running.stdout.readline()
@@ -308,16 +313,16 @@ async def locked(directory: Path, shells: int) -> None:
         if per_second is None:
             insert(file, "new", 60_000)
         with engines(file, 1, 64, []) as (engine,), _paced(file, per_second or 0):
-            out(f"locked              {name + ' no-op tickets:':35} {refused(file, engine)}")
-    for per_second in (20, 100):
-        file = await database(directory, f"bare-{per_second}")
-        with bare_engine(file) as engine, _paced(file, per_second):
-            name = f"{per_second} a second, bare SQL:"
-            out(f"locked              {name:35} {refused(file, engine)}")
+            out(f"locked              {name + ' no-op tickets:':44} {refused(file, engine)}")
+    for per_second, how in itertools.product((20, 100), ("rows", "ticket")):
+        file = await database(directory, f"bare-{how}-{per_second}")
+        with bare_engine(file, how) as engine, _paced(file, per_second):
+            name = f"{per_second} a second, bare, {'the same rows' if how == 'rows' else 'the ticket alone'}:"
+            out(f"locked              {name:44} {refused(file, engine)}")
     real = directory / "locked"
     real.mkdir()
     with real_engine(real) as (engine, file), _paced(file, 10):
-        out(f"locked              {'10 tickets a second on processes:':35} {refused(file, engine)}")
+        out(f"locked              {'10 tickets a second on processes:':44} {refused(file, engine)}")
         done = sqlite3.connect(file).execute("SELECT count(*) FROM tickets WHERE state = 'done'").fetchone()[0]
         out(f"                    ({done} of them done meanwhile)")
 
@@ -336,7 +341,8 @@ def whose_lock(file: str, engine: int) -> None:
             looks += 1
             if kind != fcntl.F_UNLCK:
                 held[pid] += 1
-    out(f"by the engine {held[engine] / looks:.2%} of the time, to insert the tickets {held[os.getppid()] / looks:.2%}")
+    engines, others = held[engine] / max(looks, 1), held[os.getppid()] / max(looks, 1)
+    out(f"by the engine {engines:.2%} of the time, to insert the tickets {others:.2%}")
 
 
 def _typed(file: Path, id_: str) -> bool:
@@ -392,10 +398,12 @@ async def main() -> None:
     parser.add_argument("--serve", metavar="FILE", help=argparse.SUPPRESS)
     parser.add_argument("--whose-lock", metavar="FILE", help=argparse.SUPPRESS)
     parser.add_argument("--bare", metavar="FILE", help=argparse.SUPPRESS)
+    parser.add_argument("--how", default="rows", help=argparse.SUPPRESS)
+    parser.add_argument("--shells", type=int, default=1000, help="of `locked`, for each line")
     parser.add_argument("--pid", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.bare:
-        bare(options.bare)
+        bare(options.bare, options.how)
         return
     if options.whose_lock:
         whose_lock(options.whose_lock, options.pid)
@@ -431,7 +439,7 @@ async def main() -> None:
 
             await bench_neighbour.measure(directory, options.kinds or list(bench_neighbour.KINDS))
         if "locked" in options.names:
-            await locked(directory, 1000)
+            await locked(directory, options.shells)
 
 
 if __name__ == "__main__":
