@@ -24,6 +24,7 @@ names it.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
@@ -124,6 +125,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: starts programs, or tries very many cases; not in `make test-quick`")
     if SANDBOX and not config.option.basetemp:  # short, since Unix sockets live below it; removed with the sandbox
         config.option.basetemp = Path(SANDBOX) / "t"
+    gc.disable()  # thousands of tests are no garbage: to look for some takes a third of the time to collect them
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 # Directories whose tests start commands, engines or servers, most of them one each.

@@ -21,6 +21,12 @@ from swarm.vm.driver import Freeze, Image, Probe, Slot, Snapshot, Template, VmSp
 log = logger(__name__)
 
 AGENTD = Path(__file__).parents[2] / "guest" / "agentd.py"
+# Runs it as a script, but from its compiled form, which Python keeps only of modules: parsing it takes as long as all
+# else of its start.
+_RUN_SCRIPT = (
+    "import sys; __file__ = sys.argv.pop(1); "
+    "exec(sys.modules['_frozen_importlib_external'].SourceFileLoader('__main__', __file__).get_code('__main__'))"
+)
 _MAX_SOCKET_PATH = 107  # bytes; sun_path of unix(7)
 _NO_TEMPLATES = "the process driver has no templates: a plain process can't be cloned"
 _NO_SNAPSHOTS = "the process driver has no snapshots: a plain process can't be paused, saved or forked"
@@ -152,12 +158,16 @@ def _root(dir: Path) -> Path:
 
 
 def _argv(dir: Path) -> list[str]:
-    return [sys.executable, "-I", "-S", "-B", str(AGENTD), "--unix", str(_socket(dir)), "--root", str(_root(dir))]
+    return [sys.executable, "-I", "-S", "-B", "-c", _RUN_SCRIPT, str(AGENTD), *_own_words(dir)]
+
+
+def _own_words(dir: Path) -> list[str]:
+    return ["--unix", str(_socket(dir)), "--root", str(_root(dir))]
 
 
 def _family(dir: Path) -> dict[int, int]:
     """Pid -> start time of the agentd in ``dir``, its zygote, and the agents forked from the zygote."""
-    wanted = b"".join(os.fsencode(word) + b"\0" for word in _argv(dir)[5:])
+    wanted = b"".join(os.fsencode(word) + b"\0" for word in _own_words(dir))
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
