@@ -192,7 +192,7 @@ def load(**flags: object) -> Settings:
     """Read the settings; a flag that is None was not given. Raises UsageError that names each bad value."""
     try:
         given = {k: v for k, v in flags.items() if v is not None}
-        return Settings.model_validate(_from_file(config_file()) | _from_environment() | given)
+        found = Settings.model_validate(_from_file(config_file()) | _from_environment() | given)
     except pydantic.ValidationError as error:
         places: dict[str, list[Any]] = {}
         for one in error.errors():
@@ -206,6 +206,11 @@ def load(**flags: object) -> Settings:
             "fix the file, or point SWARM_CONFIG at another one"
         )
         raise UsageError(message) from None
+    for name, value in found:
+        if isinstance(value, Path) and any("\ud800" <= char <= "\udfff" for char in str(value)):
+            # bytes that are no UTF-8: SQLite, JSON and TOML have no way to say them
+            raise UsageError(f"{name} is {str(value)!a}, which is not UTF-8; choose another place")
+    return found
 
 
 def _sentence(name: str, errors: list[Any]) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -176,6 +177,44 @@ def test_a_jail_where_nothing_can_run(tmp_path: Path, options: str) -> None:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
+# Other things where Swarm's files should be, and places that can't be: each command ends, and says which.
+ODD = {
+    "state is a file": ('echo > "$S"', "swarm-engine run-ticket odd --wait", 1, "can't look into .*/s/vms: Not a dir"),
+    "VMs are a file": ('mkdir "$S"; echo > "$S/vms"', "swarm-engine run-ticket odd --wait", 1, "s/vms: Not a dir"),
+    "state leads to itself": ('ln -s s "$S"', "swarm-engine run-ticket odd --wait", 1, "Too many levels of symbolic"),
+    "a VM's record is a pipe": (
+        'mkdir -p "$S/vms/1"; mkfifo "$S/vms/1/vm.json"', "swarm-engine run-ticket odd --wait", 0, "",
+    ),
+    "a VM's record is a directory": ('mkdir -p "$S/vms/1/vm.json"', "swarm-engine run-ticket odd --wait", 0, ""),
+    "the pid file is a pipe": ('mkfifo "$D/engine.pid"', "swarm-engine stop", 0, ""),
+    "the server's address is a pipe": ('mkfifo "$D/serve.json"', "swarm dashboard --no-open", 2, "no server of this"),
+    "the log is a pipe": ('mkfifo "$D/engine.log"', "swarm-engine start", 1, "engine.log: No such device"),
+    "the log is a directory": ('mkdir "$D/engine.log"', "swarm-engine start", 1, "engine.log: Is a directory"),
+    "the log leads nowhere": ('ln -s no/where "$D/engine.log"', "swarm-engine start", 1, "engine.log: No such file"),
+    "the database leads to itself": (
+        'rm "$D"/swarm.db*; ln -s swarm.db "$D/swarm.db"', "swarm ticket list", 1, "swarm.db",
+    ),
+    "the home is no text": ('export SWARM_HOME="$(printf "x\\377")"', "swarm ticket list", 2, "home is .* not UTF"),
+    "the state is no text": ('export SWARM_STATE_DIR="$(printf "x\\377")"', "swarm ticket list", 2, "is .* not UTF"),
+    "a link to itself": ('mkdir "$D/a"; ln -s b "$D/a/b"; cd "$D"', "swarm agent add a/b", 2, "a/b"),
+}  # fmt: skip
+
+
+@pytest.mark.needs("root", "netns")
+@pytest.mark.parametrize("name", ODD)
+def test_what_stands_in_the_way_is_named(place: Path, tmp_path: Path, name: str) -> None:
+    home, (script, line, status, says) = tmp_path / "home", ODD[name]
+    shutil.copytree(place, home)
+    ready(home, "odd")
+    env = {"SWARM_STATE_DIR": str(home / "s"), "S": str(home / "s"), "D": str(home / "data")}
+    done = command_in(home, script, *line.split(), **env)
+    assert done.returncode == status and done.stderr.count("\n") <= 1, done.stderr + done.stdout
+    assert re.search(says, done.stderr), done.stderr
+    if "can't look into" in says:
+        check = doctor(home, "true", **env)["VMs"]
+        assert check["status"] == "fail" and "SWARM_STATE_DIR" in check["fix"]
+
+
 # --- streams, environment, limits -------------------------------------------------------------------------------------
 
 WORKS = {
@@ -195,6 +234,10 @@ WORKS = {
     "64 descriptors": "ulimit -n 64",
     "no core files, little stack": "ulimit -c 0; ulimit -s 512",
     "another monotonic clock": 'set -- unshare --time --monotonic 100000000 --boottime 100000000 "$@"',
+    "blocked signals": 'set -- env --block-signal=CHLD,TERM,HUP,INT,ALRM,VTALRM "$@"',
+    "ignored signals": "trap '' CHLD TERM HUP INT ALRM VTALRM PIPE",
+    "no inotify": "set -- unshare --user --map-root-user sh -c '"
+    'echo 0 > /proc/sys/user/max_inotify_instances; exec "$@"\' sh "$@"',
     "no /dev": "mount -t tmpfs none /dev",
     "no /sys": "mount -t tmpfs none /sys",
 }

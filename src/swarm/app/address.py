@@ -31,7 +31,7 @@ def file(settings: Settings) -> Path:
 def running(settings: Settings) -> Address | None:
     """The server of this home; of several, the one that started last."""
     try:
-        value = json.loads(file(settings).read_text())
+        value = json.loads(files.read_own(file(settings)))
         found = Address(
             url=str(value["url"]), pid=int(value["pid"]), started=int(value["started"]),
             public_url=str(value.get("public_url", "")),
@@ -44,10 +44,10 @@ def running(settings: Settings) -> Address | None:
 def hidden(settings: Settings) -> bool:
     """May this user not see whether a server of this home runs?"""
     try:
-        file(settings).open("rb").close()
+        files.read_own(file(settings))
     except PermissionError:
         return True
-    except OSError:
+    except (OSError, ValueError):
         pass
     return False
 
@@ -64,7 +64,7 @@ def written(settings: Settings, url: str) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError, ValueError):
-            if json.loads(path.read_text()) == ours:  # a server that started later may have replaced it
+            if json.loads(files.read_own(path)) == ours:  # a server that started later may have replaced it
                 path.unlink()
 
 

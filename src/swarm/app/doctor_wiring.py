@@ -37,7 +37,9 @@ async def examine(settings: Settings) -> Sequence[Check]:
     try:
         records = wiring.inventory(settings).records()
     except HostError as error:
-        return [*checks, fail("VMs", str(error), "run it as root: sudo swarm doctor")]
+        fix = f"look what stands in the way in {settings.state_dir}, or set SWARM_STATE_DIR to another directory"
+        denied = isinstance(error.__cause__, PermissionError)
+        return [*checks, fail("VMs", str(error), "run it as root: sudo swarm doctor" if denied else fix)]
     for record in records:
         if record.owner_alive and not record.pid:
             checks.append(ok(f"VM {record.n}", f"is being made, or kept ready, by process {record.owner_pid}"))

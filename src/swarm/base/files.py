@@ -7,13 +7,14 @@ import errno
 import fcntl
 import hashlib
 import os
+import stat
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from swarm.errors import HostError
 
@@ -43,6 +44,31 @@ def write_atomically(path: Path, data: bytes | str, *, mode: int = 0o644, flush:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def read_own(path: Path) -> bytes:
+    """A small file that Swarm wrote. Raises OSError, and ValueError for what is no file: nothing waits for a pipe that
+    stands in its place."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError(f"{path} is not a file")
+        with open(fd, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(fd)
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """Raises OSError, also for a pipe that nobody reads: opening it would take until somebody does."""
+    file = open(path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK, 0o666))  # noqa: SIM115
+    os.set_blocking(file.fileno(), True)
+    return file
+
+
+def real(path: Path) -> Path:
+    """Without links. Unlike `Path.resolve`, it does not fail for links that lead to themselves: what opens it does."""
+    return Path(os.path.realpath(path))
 
 
 def make_directory(path: Path, mode: int = 0o755) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from swarm.base import files
 from swarm.base.log import logger
 from swarm.errors import CommandFailed, HostError
 
@@ -156,7 +157,7 @@ async def spawn(
     if die_with_parent:
         argv = ["setpriv", "--pdeathsig", "KILL", "--", *argv]
     log.debug("spawn", argv=shlex.join(argv), output=str(output))
-    with output.open("ab") if output is not None else contextlib.nullcontext(2) as out:
+    with files.open_to_append(output) if output is not None else contextlib.nullcontext(2) as out:
         return await _start(
             argv,
             stdin=asyncio.subprocess.DEVNULL,

@@ -177,6 +177,7 @@ def perform(
 ) -> int:
     """Run a command to its end. Returns the exit status."""
     out = Out(json=as_json)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # who started us may have some blocked, such as SIGCHLD
     try:
         from swarm import config
         from swarm.base.log import configure
@@ -226,6 +227,15 @@ def _explain(error: BaseException, out: Out, debug: bool) -> int:
             return 1
         case OSError() if is_full(error):
             out.error(f"no space left on a disk, or a quota is used up: {error.filename or 'see `df`'}")
+            return 1
+        case OSError() if error.filename and error.strerror:
+            out.error(f"{os.fsdecode(error.filename)}: {error.strerror}" + ("" if debug else " (--debug shows where)"))
+            return 1
+        case RuntimeError() if str(error).startswith("Symlink loop"):  # of `Path.resolve`
+            out.error(str(error))
+            return 1
+        case ImportError() if "failed to map segment" in str(error):
+            out.error(f"out of memory ({error}): give this process more")
             return 1
         case RuntimeError() if no_more_threads(error):
             out.error(f"out of memory or threads ({error}): give this process more, or let it do less at once")

@@ -100,7 +100,7 @@ def log_file(settings: Settings) -> Path:
 def in_background(settings: Settings) -> Process | None:
     """The live engine that the pid file names."""
     try:
-        value = json.loads(pid_file(settings).read_text())
+        value = json.loads(files.read_own(pid_file(settings)))
         found = Process(pid=int(value["pid"]), started=int(value["started"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -122,7 +122,7 @@ def pid_written(path: Path | None) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError, ValueError):
-            if json.loads(path.read_text()) == ours:  # another engine may have replaced it
+            if json.loads(files.read_own(path)) == ours:  # another engine may have replaced it
                 path.unlink()
 
 

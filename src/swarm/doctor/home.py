@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from swarm.base import files
 from swarm.doctor.check import Check, fail, ok, warn
 from swarm.errors import SwarmError
 from swarm.model import ECHO_AGENT_ID, Agent
@@ -58,7 +59,7 @@ def skipped(workers: Sequence[WorkerRow]) -> list[Check]:
 
 
 def registry(link: Path, database_file: Path) -> Check:
-    if link.is_symlink() and link.resolve() == database_file.resolve():
+    if link.is_symlink() and files.real(link) == files.real(database_file):
         return ok("registry", f"{link} is the same database")
     if link.exists():
         return fail("registry", f"{link} is not the database {database_file}", f"mv {link} {link}.old && swarm init")

@@ -19,6 +19,7 @@ import struct
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from swarm.base import files
 from swarm.errors import FilesChanged
 
 # The head of the -shm file (sqlite.org/walformat.html): in its first 48 bytes the page size, the number of frames in
@@ -30,7 +31,7 @@ _STABLE_TRIES: Final = 5
 
 def is_own(file: Path) -> bool:
     """May nobody but root and this user write to the database, or put another one in its place?"""
-    for path in (file, file.resolve().parent):
+    for path in (file, files.real(file).parent):
         found = path.stat()
         sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
         if found.st_uid not in (0, os.geteuid()) or (found.st_mode & 0o022 and not sticky):
@@ -66,7 +67,7 @@ class OpenFiles:
     """The files of a database to which this thread has a connection. Not thread-safe."""
 
     def __init__(self, file: Path) -> None:
-        real = file.resolve()  # SQLite keeps its log beside the real file
+        real = files.real(file)  # SQLite keeps its log beside the real file
         self._file = file
         self._paths = (file, Path(f"{real}-wal"), Path(f"{real}-shm"))
         self._opened = [_inode(_stat(path)) for path in self._paths]

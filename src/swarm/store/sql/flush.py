@@ -11,12 +11,14 @@ import contextlib
 import os
 from pathlib import Path
 
+from swarm.base import files
+
 
 class Flusher:
     """For the write-ahead log of one database, on one thread."""
 
     def __init__(self, file: Path) -> None:
-        file = file.resolve()  # SQLite keeps its log beside the real file
+        file = files.real(file)  # SQLite keeps its log beside the real file
         self._log = file.with_name(f"{file.name}-wal")
         self._fd: int | None = None
         self._inode: tuple[int, int] | None = None

@@ -22,6 +22,7 @@ from typing import Protocol
 
 from asyncinotify import InitFlags, Inotify, Mask, Watch
 
+from swarm.base.files import real
 from swarm.base.log import logger
 from swarm.errors import StoreError
 from swarm.store.sql import files
@@ -61,7 +62,7 @@ class FileWake:
     """Use `watching`. One waiter at a time."""
 
     def __init__(self, file: Path) -> None:
-        self._file = file.resolve()
+        self._file = real(file)
         self._names = [os.fsencode(f"{self._file.name}{suffix}") + b"\0" for suffix in ("", "-wal", "-shm")]
         self._written = asyncio.Event()
         self._write_seen = False  # a write event whose commit is not visible yet

@@ -253,9 +253,12 @@ class Inventory:
         """Every slot that has a directory or a lock file."""
         found: set[int] = set()
         for directory, pattern in ((self._vms, r"([1-9][0-9]{0,4})"), (self._locks, r"vm([1-9][0-9]{0,4})\.lock")):
-            what = f"can't look into {directory} (only root may see Swarm's VMs)"
-            with files.host_errors(what), contextlib.suppress(FileNotFoundError):
+            try:
                 found |= {int(m[1]) for entry in directory.iterdir() if (m := re.fullmatch(pattern, entry.name))}
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise _unseen(f"can't look into {directory}", error) from error
         return sorted(found)
 
     # --- files --------------------------------------------------------------------------------------------------------
@@ -300,14 +303,19 @@ class Inventory:
 def read_record(dir: Path) -> VmRecord | None:
     """The record in a VM's directory; None if it is missing or unreadable (then the VM is half made)."""
     try:
-        data = json.loads((dir / "vm.json").read_bytes())
+        data = json.loads(files.read_own(dir / "vm.json"))
         return VmRecord(**{**data, "kind": Kind(data["kind"])})
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError):
         return None
     except OSError as error:
-        raise HostError(f"can't read {dir / 'vm.json'}: {error.strerror} (only root may see Swarm's VMs)") from error
+        raise _unseen(f"can't read {dir / 'vm.json'}", error) from error
+
+
+def _unseen(what: str, error: OSError) -> HostError:
+    rights = " (only root may see Swarm's VMs)" if isinstance(error, PermissionError) else ""
+    return HostError(f"{what}{rights}: {error.strerror}")
 
 
 def _is_running(pid: int, started: int, boot: str) -> bool:
