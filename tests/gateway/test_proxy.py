@@ -10,6 +10,7 @@ import ipaddress
 import json
 import socket
 import ssl
+import struct
 import termios
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -203,6 +204,10 @@ async def test_a_name_that_changes_its_mind_gains_nothing(site: Site) -> None:
         b"GET ftp://www.example.com/ HTTP/1.1\r\nhost: x\r\n\r\n", b"\x16\x03\x01\r\n\r\n",
         b"CONNECT  HTTP/1.1\r\n\r\n",
         b"GET http://a@www.example.com/ HTTP/1.1\r\nhost: x\r\n\r\n", b"CONNECT x:99999999 HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"GET http://:p@www.example.com/ HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"GET http://@www.example.com/ HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"CONNECT :p@www.example.com HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"CONNECT www.example.com:0 HTTP/1.1\r\nhost: x\r\n\r\n",
     ],
 )  # fmt: skip
 async def test_what_is_no_request_for_a_proxy(site: Site, head: bytes) -> None:
@@ -214,6 +219,83 @@ async def test_what_is_no_request_for_a_proxy(site: Site, head: bytes) -> None:
         assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
         writer.close()
     assert site.seen == []
+
+
+NEXT = b"GET /next HTTP/1.1\r\nHost: evil.example.org\r\n\r\n"
+CHUNKED, END = b"Transfer-Encoding: chunked\r\n", b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("headers", "pieces", "head", "body"),
+    [
+        (b"", [NEXT], b"", b""),
+        (b"Content-Length: 5\r\n", [b"he", b"llo" + NEXT], b"content-length: 5", b"hello"),
+        (b"Content-Length: 0\r\n", [NEXT], b"content-length: 0", b""),
+        (CHUNKED, [b"5;x=y\r\nhello\r\n" + END + NEXT], CHUNKED.lower().strip(), b"5\r\nhello\r\n" + END),
+        (CHUNKED, [b"0\r\nx-a: b\r\n\r\n" + NEXT], CHUNKED.lower().strip(), END),
+        (CHUNKED + b"Content-Length: 99\r\n", [END + NEXT], CHUNKED.lower().strip(), END),
+        (CHUNKED + b"Connection: transfer-encoding\r\n", [END], CHUNKED.lower().strip(), END),
+        (CHUNKED, [b"0\r\n\r", b"\n", NEXT], CHUNKED.lower().strip(), END),
+        (b"Connection: upgrade, x-a\r\nUpgrade: h2c\r\nX-A: b\r\nTE: trailers\r\n", [NEXT], b"", b""),
+    ],
+)  # fmt: skip
+async def test_nothing_is_sent_behind_a_request(
+    site: Site, headers: bytes, pieces: list[bytes], head: bytes, body: bytes
+) -> None:
+    """One more would be for whatever host it names, and no event would say so."""
+    came, ended = bytearray(), asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            came.extend(data)
+        writer.close()
+        ended.set()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    at = f"www.example.com:{server.sockets[0].getsockname()[1]}".encode()
+    async with site.proxy("allow:www.example.com", within=(LOOPBACK,)) as proxy, server:
+        host, _, port = proxy.env["HTTP_PROXY"].rpartition("@")[2].partition(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        given = b"Proxy-Authorization: Basic " + base64.b64encode(f"swarm:{proxy.token}".encode()) + b"\r\n"
+        writer.write(b"POST http://" + at + b"/ HTTP/1.1\r\nHost: x\r\n" + given + headers + b"\r\n")
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0)
+        writer.write_eof()
+        await asyncio.wait_for(ended.wait(), PATIENCE_SECONDS)
+        writer.close()
+        await writer.wait_closed()
+    framing = [b"host: " + at, *([head] if head else []), b"connection: close"]
+    assert bytes(came) == b"\r\n".join([b"POST / HTTP/1.1", *framing, b"", body])
+
+
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [
+        (CHUNKED, b"zz\r\n"),
+        (b"Transfer-Encoding: gzip, chunked\r\n", b""),
+        (b"Content-Length: 1\r\nContent-Length: 2\r\n", b""),
+        (b"Content-Length: -1\r\n", b""),
+        (b"X-Long: " + b"x" * 40_000 + b"\r\n", b""),
+    ],
+)
+async def test_a_request_that_servers_may_read_in_several_ways_is_an_event(
+    site: Site, headers: bytes, body: bytes
+) -> None:
+    async with site.proxy("allow:www.example.com", within=(LOOPBACK,)) as proxy:
+        host, _, port = proxy.env["HTTP_PROXY"].rpartition("@")[2].partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        given = b"Proxy-Authorization: Basic " + base64.b64encode(f"swarm:{proxy.token}".encode()) + b"\r\n"
+        at = f"www.example.com:{site.port}".encode()
+        writer.write(b"POST http://" + at + b"/ HTTP/1.1\r\nHost: x\r\n" + given + headers + b"\r\n" + body)
+        with contextlib.suppress(ConnectionError):
+            assert (await reader.read())[:12] in (b"", b"HTTP/1.1 400", b"HTTP/1.1 431")
+        writer.transport.abort()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not site.events:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    assert "refused" in site.events[0] and (body or site.seen == [])
 
 
 @pytest.mark.parametrize("host", ["a..example.com", "x" * 70 + ".example.com", ".example.com"])
@@ -387,6 +469,34 @@ async def test_tls_asks_for_the_host_that_was_allowed(network: str, name: str | 
         assert not sent and "in a tunnel to www.example.com" in str(refused)
     assert got == (sent_hello + b"more" if sent else b"")
     assert details == ({} if (name or "").lower() == "www.example.com" else {"server_name": name or ""})
+
+
+def names(*each: tuple[int, bytes]) -> bytes:
+    """The extension server_name with this list."""
+    listed = b"".join(struct.pack(">BH", kind, len(name)) + name for kind, name in each)
+    return struct.pack(">HHH", 0, len(listed) + 2, len(listed)) + listed
+
+
+OURS, THEIRS = (0, b"www.example.com"), (0, b"evil.example.org")
+
+
+@pytest.mark.parametrize(
+    ("extensions", "sent"),
+    [
+        (names(OURS), True), (names(OURS) + names(THEIRS), False), (names(OURS) + names(OURS), False),
+        (names(OURS, THEIRS), False), (names((1, b"www.example.com"), THEIRS), False), (names(), False),
+        (names((1, b"www.example.com")), False), (struct.pack(">HH", 0, 0), False), (names(OURS)[:-1], False),
+        (struct.pack(">HH", 21, 3) + bytes(3) + names(OURS), True),
+    ],
+)  # fmt: skip
+def test_tls_that_asks_for_several_hosts_is_refused(extensions: bytes, sent: bool) -> None:
+    """Some servers take the first, some the last."""
+    body = struct.pack(">H32xB", 0x0303, 0) + b"\0\2\x13\1" + b"\1\0" + struct.pack(">H", len(extensions)) + extensions
+    message = b"\1" + len(body).to_bytes(3) + body
+    data = b"\x16\3\1" + len(message).to_bytes(2) + message
+    first = _FirstBytes("www.example.com", {}, must_match=True)
+    with contextlib.nullcontext() if sent else pytest.raises(Refused):
+        assert first.passed(data) == data
 
 
 @pytest.mark.parametrize("name", ["www.example.com", "evil.example.org"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Final
 
 MAX_BYTES: Final = 20 * 1024  # a record is at most 16 KiB, and a ClientHello is one or two
@@ -13,7 +14,7 @@ class NoHello(ValueError):
 
 
 def server_name(data: bytes) -> str | None:
-    """The name in what a client sent first; '' without one. None: more is needed. Raises NoHello.
+    """The name in what a client sent first; '' without one. None: more is needed. Raises NoHello, also for several.
 
     For data that `is_tls`.
     """
@@ -42,9 +43,16 @@ def _name(body: bytes) -> str:
     for width in (1, 2, 1):  # session id, cipher suites, compression methods
         rest = rest[width + int.from_bytes(rest[:width]) :]
     rest = rest[2:]  # the extensions, to the end
+    found = []
     while len(rest) >= 4:
         kind, size = int.from_bytes(rest[:2]), int.from_bytes(rest[2:4])
         if kind == _SERVER_NAME:
-            return rest[9 : 4 + size].decode("ascii", errors="replace").lower().rstrip(".")
+            found.append(rest[4 : 4 + size])
         rest = rest[4 + size :]
-    return ""
+    if not found:
+        return ""
+    # Of several names, or lists of them, some servers take the first, some the last, whatever the standard says.
+    (names, *more), size = found, len(found[0])
+    if more or names[:5] != struct.pack(">HBH", max(size - 2, 0), 0, max(size - 5, 0)):
+        raise NoHello
+    return names[5:].decode("ascii", errors="replace").lower().rstrip(".")

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 from urllib.parse import urlsplit
 
 import h11
@@ -64,6 +64,7 @@ _PLATFORM: Final = tuple(
         ),
     )
 )
+_FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})  # a client can't have them left out
 # Below 1024 only these: SSH and HTTP. Not mail (25), not what a router or a printer listens on.
 _LOW_PORTS: Final = frozenset({22, 80, 443})
 
@@ -160,16 +161,19 @@ class Proxy:
         self._acceptor.connection_ended()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        async with asyncio.timeout(_HEAD_SECONDS):
-            head = await reader.readuntil(b"\r\n\r\n")
         began = time.monotonic()
         details: dict[str, object] = {"via": "proxy"}
         try:
-            request = self._parse(head)
+            try:
+                async with asyncio.timeout(_HEAD_SECONDS):
+                    head = await reader.readuntil(b"\r\n\r\n")
+            except asyncio.LimitOverrunError:
+                raise Refused(431, f"the head of a request may have at most {_MAX_HEAD_BYTES} bytes") from None
+            request, connection = self._parse(head)
             host, port, forwarded = _target(request)
             details |= {"method": request.method.decode()[:16], "host": host[:255], "port": port}
             if not self._policy.allows(host):
-                raise Refused(403, f"the agent's network policy does not allow {host}")
+                raise Refused(403, f"the agent's network policy does not allow {host[:255]}")
             if port < 1024 and port not in _LOW_PORTS:
                 raise Refused(403, f"port {port} is for no agent: 22, 80, 443, and 1024 and above are")
             remote_reader, remote_writer = await self._connect(host, port, details)
@@ -184,19 +188,21 @@ class Proxy:
                 remote_writer.write(forwarded)
             else:
                 writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
-            first = None if forwarded else _FirstBytes(host, details, must_match=not self._policy.open)
-            await _relay(relayed, first, (reader, remote_writer), (remote_reader, writer))
+            sent: _Sent = _FirstBytes(host, details, must_match=not self._policy.open)
+            if forwarded:
+                sent = _Body(connection, request)
+            await _relay(relayed, sent, (reader, remote_writer), (remote_reader, writer))
             await _close(remote_writer)
         except Refused as refused:
             details["refused"] = str(refused)
         finally:  # also when the attempt ends first
             remote_writer.transport.abort()
             took = round((time.monotonic() - began) * 1000, 1)
-            sent, received = relayed
-            traffic = {"sent_bytes": sent + len(forwarded), "received_bytes": received, "ms": took}
+            sent_bytes, received_bytes = relayed
+            traffic = {"sent_bytes": sent_bytes + len(forwarded), "received_bytes": received_bytes, "ms": took}
             self._record_connection({**details, **traffic})
 
-    def _parse(self, head: bytes) -> h11.Request:
+    def _parse(self, head: bytes) -> tuple[h11.Request, h11.Connection]:
         connection = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_HEAD_BYTES)
         try:
             connection.receive_data(head)
@@ -209,7 +215,7 @@ class Proxy:
         scheme, _, credentials = given.partition(b" ")
         if scheme.lower() != b"basic" or not hmac.compare_digest(credentials.strip(), self._credentials):
             raise Refused(407, "the proxy needs the credentials in HTTP_PROXY")
-        return request
+        return request, connection
 
     async def _connect(
         self, host: str, port: int, details: dict[str, object]
@@ -276,10 +282,11 @@ def _target(request: h11.Request) -> tuple[str, int, bytes]:
     tunnel = request.method == b"CONNECT"
     try:
         parts = urlsplit(f"//{target}" if tunnel else target)
-        host, port = (parts.hostname or "").rstrip("."), parts.port or (443 if tunnel else 80)
+        host, port = (parts.hostname or "").rstrip("."), parts.port
     except ValueError:
         raise Refused(400, "invalid target address") from None
-    if not host or not host.isascii() or parts.username or (tunnel and (parts.path or parts.query)):
+    port = (443 if tunnel else 80) if port is None else port
+    if not host or not host.isascii() or not port or "@" in parts.netloc or (tunnel and (parts.path or parts.query)):
         raise Refused(400, "invalid target address")
     if tunnel:
         return host, port, b""
@@ -287,12 +294,19 @@ def _target(request: h11.Request) -> tuple[str, int, bytes]:
         raise Refused(400, "the proxy accepts http:// URLs; use CONNECT for everything else")
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     lines = [request.method + b" " + path.encode("latin-1") + b" HTTP/1.1", b"host: " + parts.netloc.encode("latin-1")]
+    headers = dict(request.headers)
+    ours = {b"host", b"connection", b"keep-alive", b"upgrade", b"te", b"trailer"}  # and what it names itself
+    ours |= {name.strip() for name in headers.get(b"connection", b"").lower().split(b",")} - _FRAMING
+    if _is_chunked(request):
+        ours |= {b"content-length"}
     lines += [
-        name + b": " + value
-        for name, value in request.headers
-        if not name.startswith(b"proxy-") and name not in (b"connection", b"keep-alive", b"host")
+        name + b": " + value for name, value in request.headers if not name.startswith(b"proxy-") and name not in ours
     ]
     return host, port, b"\r\n".join([*lines, b"connection: close", b"", b""])
+
+
+def _is_chunked(request: h11.Request) -> bool:
+    return any(name == b"transfer-encoding" for name, _ in request.headers)  # h11 takes no other
 
 
 async def _close(writer: asyncio.StreamWriter) -> None:
@@ -303,6 +317,36 @@ async def _close(writer: asyncio.StreamWriter) -> None:
             await writer.wait_closed()
     except (OSError, TimeoutError):
         writer.transport.abort()
+
+
+class _Sent(Protocol):
+    """What a client sends behind its request."""
+
+    def passed(self, data: bytes) -> bytes:
+        """What may be sent on now. Raises Refused."""
+
+
+class _Body:
+    """The body of a request, framed anew, and nothing behind it: that could be a request for another host."""
+
+    def __init__(self, connection: h11.Connection, request: h11.Request) -> None:
+        self._connection = connection
+        self._chunked = _is_chunked(request)
+        self._ended = False
+
+    def passed(self, data: bytes) -> bytes:
+        out = b""
+        try:
+            if not self._ended:
+                self._connection.receive_data(data)
+            while not self._ended and isinstance(event := self._connection.next_event(), h11.Data | h11.EndOfMessage):
+                self._ended = isinstance(event, h11.EndOfMessage)
+                piece = bytes(event.data) if isinstance(event, h11.Data) else b""
+                if piece or self._ended:
+                    out += b"%x\r\n%b\r\n" % (len(piece), piece) if self._chunked else piece
+        except h11.RemoteProtocolError as error:
+            raise Refused(400, f"not a body of HTTP: {error}") from None
+        return out
 
 
 class _FirstBytes:
@@ -327,7 +371,7 @@ class _FirstBytes:
             try:
                 name = hello.server_name(self._held)
             except hello.NoHello:
-                raise Refused(403, "it begins as TLS does, without a ClientHello") from None
+                raise Refused(403, "it begins as TLS does, without a ClientHello that asks for one host") from None
             if name is None:
                 return b""
             if name != self._host:
@@ -339,10 +383,10 @@ class _FirstBytes:
 
 
 async def _relay(
-    relayed: list[int], first: _FirstBytes | None, *directions: tuple[asyncio.StreamReader, asyncio.StreamWriter]
+    relayed: list[int], sent: _Sent, *directions: tuple[asyncio.StreamReader, asyncio.StreamWriter]
 ) -> None:
     """Relay both directions until both have ended or are idle for too long. Counts the bytes of each in ``relayed``.
-    Raises what ``first`` raises for the first direction."""
+    Raises what ``sent`` raises for the first direction."""
     last = time.monotonic()
 
     async def relay(which: int, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
@@ -350,7 +394,7 @@ async def _relay(
         with contextlib.suppress(OSError):
             while data := await source.read(_CHUNK_BYTES):
                 last = time.monotonic()
-                if which == 0 and first is not None and not (data := first.passed(data)):
+                if which == 0 and not (data := sent.passed(data)):
                     continue
                 relayed[which] += len(data)
                 sink.write(data)
