@@ -128,7 +128,7 @@ class Store:
         self._packer = Packer()
         self._packing = asyncio.Lock()  # one thread waits for the packer: threads are few, and shared
         self._queue = Claimer(self._workflows)
-        self._finisher = finish.Finisher(self._workflows, over_budget, self.isolation)
+        self._finisher = finish.Finisher(self._workflows, over_budget, self.isolation, self._queue.maintenance)
         finisher = self._finisher
         untold = (*UNTOLD, finisher.append, finisher.renew, finisher.running)
         shared = (self._queue.claim, finisher.finish, finisher.append, finisher.renew, finisher.running)

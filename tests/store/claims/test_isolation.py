@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import pytest
 
+from swarm.admin.prove import judge
 from swarm.errors import ChangeRefused, LeaseLost, StoreError
 from swarm.model import Succeeded, Ticket
 from swarm.store.registry import schedules
@@ -199,3 +201,108 @@ async def test_a_schedule_whose_time_is_no_number_is_computed_again(
     assert isinstance(next_at, int) and isinstance(computed_at, int)
     assert (await store.due_schedules()).next_ms is not None
     assert schedules.moment(next_at).month == 5
+
+
+ANOTHERS = {
+    "root": "UPDATE workflow_runs SET root_run_id = (SELECT run_id FROM tickets WHERE id = 'other') WHERE id IN",
+    "parent": "UPDATE workflow_runs SET parent_step_id = (SELECT s.id FROM step_executions s, tickets t "
+    "WHERE s.run_id = t.run_id AND t.id = 'other' AND s.status = 'running') WHERE id IN",
+    "run": "UPDATE tickets SET run_id = (SELECT run_id FROM tickets WHERE id = 'other') WHERE run_id IN",
+    "attempt": "UPDATE step_executions SET attempt_id = (SELECT s.attempt_id FROM step_executions s, tickets t "
+    "WHERE s.run_id = t.run_id AND t.id = 'other' AND s.status = 'running') WHERE status = 'running' AND run_id IN",
+}
+
+
+@pytest.mark.parametrize("which", ANOTHERS)
+@pytest.mark.parametrize("ends", ["its lease ends", "it is renewed", "it ends"])
+async def test_what_is_said_to_be_another_tickets(store: Store, outside: Outside, which: str, ends: str) -> None:
+    """The other one goes its way."""
+    flow = await register(store, "steps: [{id: one, agent: echo}, {id: two, agent: echo, needs: one}]")
+    claims = {}
+    for id in ("bad", "other"):
+        insert(outside, id, agent_id=None, execution_mode="workflow", workflow_id=flow)
+        while not (found := await claimed(store)):
+            await store.decided()
+        claims[id] = found[0]
+    outside.execute(f"{ANOTHERS[which]} (SELECT id FROM workflow_runs WHERE ticket_id = 'bad')")
+    if ends == "it is renewed":
+        await store.renew([one.attempt_id for one in claims.values()], lease_seconds=LEASE)
+    elif ends == "it ends":
+        with contextlib.suppress(LeaseLost):
+            await finish(store, claims["bad"].attempt_id)
+    else:
+        await store.shift_clock(round(LEASE * 1000) - 1000)
+        await store.renew([claims["other"].attempt_id], lease_seconds=LEASE)
+        await store.shift_clock(2000)
+    others = [claims["other"].attempt_id]
+    for _ in range(6):
+        for attempt in others:
+            await finish(store, attempt)
+        found = await claimed(store, limit=5)
+        others = [one.attempt_id for one in found if one.ticket.id == "other"]
+        for one in found:
+            if one.ticket.id == "bad":
+                with contextlib.suppress(LeaseLost):
+                    await finish(store, one.attempt_id)
+        await store.decided()
+        await store.shift_clock(round(LEASE * 1000) + 1)
+    assert (await store.ticket("other")).state == "done"
+    assert (await store.ticket("bad")).state in ("done", "failed", "cancelled")
+    report = await store.audit(lambda facts: judge(facts, engine_alive=True))
+    assert report.kept, report.violations
+
+
+# Of any table: what Swarm reads there, and asks for or writes elsewhere.
+TEXTS = (
+    "hosts.id",
+    "hosts.name",
+    "unmet.requires",
+    "workers.id",
+    "workers.host",
+    "workflow_runs.id",
+    "workflow_runs.ticket_id",
+    "workflow_runs.definition",
+    "step_executions.id",
+    "step_executions.run_id",
+    "step_executions.step_id",
+    "step_executions.agent_id",
+    "step_executions.attempt_id",
+    "step_executions.waits_for",
+    "attempts.id",
+    "attempts.step_execution_id",
+    "attempts.worker",
+    "tickets.run_id",
+    "tickets.waits_for",
+)
+
+
+@pytest.mark.sqlite
+@pytest.mark.parametrize("where", TEXTS)
+async def test_text_that_is_not_utf8_anywhere(store: Store, outside: Outside, where: str) -> None:
+    """SQLite gives it out, and its driver does not take it back as it is."""
+    outside.execute("INSERT INTO hosts (id, name) VALUES ('h', 'another')")
+    outside.execute("INSERT INTO unmet VALUES ('{\"gpu\":1}', 5)")
+    await store.heartbeat("engine", host="another", pid=1, info={})
+    flow = await register(store, "steps: [{id: one, agent: echo}, {id: two, agent: echo, needs: one}]")
+    insert(outside, "waits", requires='{"zone":"a"}')
+    insert(outside, "bad", agent_id=None, execution_mode="workflow", workflow_id=flow)
+    while not (claims := await claimed(store)):
+        await store.decided()
+    table, _, column = where.partition(".")
+    last = f"(SELECT max(rowid) FROM {table})"
+    outside.execute(f"UPDATE {table} SET {column} = CAST(X'61FF62' AS TEXT) WHERE rowid = {last}")
+    await other_runs(store, outside)
+    await store.bury_dead_workers()
+    for _ in range(4):
+        left = [*await claimed(store, limit=5), *claims]
+        await store.renew([one.attempt_id for one in left], lease_seconds=LEASE)
+        for one in left:
+            with contextlib.suppress(LeaseLost):
+                await finish(store, one.attempt_id)
+        await store.decided()
+        await store.shift_clock(round(LEASE * 1000) + 1)
+        claims = []
+    assert (await store.ticket("bad")).state in ("done", "failed", "cancelled")
+    assert not (await store.due()).ready
+    report = await store.audit(lambda facts: judge(facts, engine_alive=True))
+    assert report.kept, report.violations

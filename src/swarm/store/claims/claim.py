@@ -118,7 +118,7 @@ class _ClaimTransaction:
         self.dependencies = bool(probed.dependencies)
         self.steps = bool(probed.steps or probed.expired or probed.due or probed.runs)
         if probed.expired:
-            sweep(self.changes, self.request.held, until_ms=self.tx.now_ms + round(self.request.lease_seconds * 1000))
+            sweep(self.changes, self.claimer.maintenance, self.request.held, self.request.lease_seconds)
         if probed.due:
             self._release_delayed()
         if probed.runs:
@@ -255,14 +255,14 @@ class _ClaimTransaction:
         if row.ticket is None:
             self.changes.delete_runs([row.run_id])
         elif row.state not in (TicketState.IN_PROGRESS, TicketState.WAITING) or row.ticket_run != row.root_run:
-            self.changes.cancel_runs([row.root_run], error="the ticket was changed from outside")
+            self.changes.cancel_runs(self.changes.whole_runs([row]), error="the ticket was changed from outside")
         elif row.taken:
             fail_made_ready(self.changes, row)
         else:
             ticket = kept.checked(row, self.request.host, self.request.host_timeout_seconds)
             inputs = row.step_inputs or ("{}" if row.definition else validation.read_inputs(ticket.inputs))
             return Work(ticket=ticket, agent_id=row.step_agent_id or "", inputs=inputs)
-        self.bad_rows += 1
+        self.bad_rows, self.claimer.maintenance.has_more = self.bad_rows + 1, True
         return None
 
     def _wait(self, row: Row, error: str | None) -> None:

@@ -28,6 +28,7 @@ from swarm.model import (
     Succeeded,
 )
 from swarm.store.claims import suspects
+from swarm.store.claims.maintenance import Maintenance
 from swarm.store.runs import artifacts, packing
 from swarm.store.runs.packing import Packed
 from swarm.store.runs.workflow_engine import WorkflowEngine, refresh_waiting
@@ -44,6 +45,7 @@ HOST_TRIES: Final = 3
 _SWEEP_LIMIT: Final = 500
 
 _EXTEND: Final = untold(one_row("UPDATE attempts SET lease_until = :lease_until WHERE id = :id"))
+_DELETE: Final = Sql("DELETE FROM attempts WHERE id = :id")
 _SET_VM: Final = untold(Sql("UPDATE attempts SET vm_id = :vm_id WHERE id = :id"))
 _SET_STEP_VM: Final = untold(Sql("UPDATE step_executions SET vm_id = :vm_id WHERE id = :id"))
 
@@ -112,8 +114,10 @@ class Finisher:
     ``over_budget``: the policy for when neither the ticket nor its agent names one.
     """
 
-    def __init__(self, workflows: WorkflowEngine, over_budget: BudgetPolicy, isolation: Isolation) -> None:
-        self._isolation = isolation
+    def __init__(
+        self, workflows: WorkflowEngine, over_budget: BudgetPolicy, isolation: Isolation, upkeep: Maintenance
+    ) -> None:
+        self._isolation, self._upkeep = isolation, upkeep
         self._workflows = workflows
         self._over_budget = over_budget
 
@@ -175,7 +179,8 @@ class Finisher:
         with self._isolation.of(tx) as changes:
             results = [self._renew(changes, request, rows) for request in requests]
             changes.flush()
-            _cancel_orphans(changes, [row for row in rows.values() if row.outcome is None and not owns(row)])
+            orphans = [row for row in rows.values() if row.outcome is None and not owns(row)]
+            _cancel_orphans(changes, self._upkeep, orphans)
             dependencies.release(changes)
         return results
 
@@ -296,11 +301,11 @@ def retry_delay_ms(row: Row, outcome: Failed, agent: Agent | None) -> int | None
     return max(1, round(seconds * 1000 * random.uniform(0.5, 1.0)))
 
 
-def sweep(changes: Changes, held: Collection[str] = (), *, until_ms: int = 0) -> None:
+def sweep(changes: Changes, upkeep: Maintenance, held: Collection[str], lease_seconds: float) -> None:
     """End attempts whose lease expired: their steps become ready again, or fail if they are what engines die of.
 
-    Attempts ``held`` by the asking worker are extended to ``until_ms`` instead: it is alive. Else a clock that jumps
-    ahead, which ends every lease at once, would make the worker start again what it is running.
+    Attempts ``held`` by the asking worker are extended instead: it is alive. Else a clock that jumps ahead, which ends
+    every lease at once, would make the worker start again what it is running.
     """
     rows = changes.tx.all(FENCE_EXPIRED, now_ms=changes.tx.now_ms, limit=_SWEEP_LIMIT)
     before = suspects.losses(changes.tx, rows) if rows else {}
@@ -309,7 +314,7 @@ def sweep(changes: Changes, held: Collection[str] = (), *, until_ms: int = 0) ->
         if not owns(row):
             continue
         if row.id in held:
-            changes.add(_EXTEND, id=row.id, lease_until=until_ms)
+            changes.add(_EXTEND, id=row.id, lease_until=changes.tx.now_ms + round(lease_seconds * 1000))
             continue
         error = f"the lease of worker {row.worker} ran out: it died, or lost touch with the database"
         changes.end_attempt(row, AttemptOutcome.LOST, reason=row.reason, error=error)
@@ -325,10 +330,12 @@ def sweep(changes: Changes, held: Collection[str] = (), *, until_ms: int = 0) ->
     changes.flush()
     if changes.pending_runs:
         changes.tx.exact()
-    _cancel_orphans(changes, [row for row in rows if not owns(row)])
+    _cancel_orphans(changes, upkeep, [row for row in rows if not owns(row)])
+    changes.tx.many(_DELETE, [{"id": row.id} for row in rows if row.run_id is None])  # even its step was deleted
 
 
-def _cancel_orphans(changes: Changes, rows: Sequence[Row]) -> None:
+def _cancel_orphans(changes: Changes, upkeep: Maintenance, rows: Sequence[Row]) -> None:
+    upkeep.has_more |= bool(rows)  # their tickets may have nothing left that runs
     if not changes.isolating:
         changes.cancel_orphans(rows)
         return

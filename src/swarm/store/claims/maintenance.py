@@ -8,7 +8,7 @@ from typing import Final
 
 from swarm.model import TicketState
 from swarm.store.runs.workflow_engine import DISOWNED
-from swarm.store.sql.conditions import UNFINISHED
+from swarm.store.sql.conditions import STEP_DELAYED, STEP_READY, STEP_WAITING, UNFINISHED
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import lenient
 from swarm.store.sql.transaction import Row
@@ -45,7 +45,7 @@ MISTYPED: Final = Sql("""
     LIMIT :limit""")
 # Runs that nothing would ever continue, since rows of theirs were deleted or changed: what `swarm prove` would report.
 _UNDER_WAY: Final = (
-    "FROM tickets t CROSS JOIN workflow_runs r ON r.ticket_id = t.id AND COALESCE(r.root_run_id, r.id) = t.run_id "
+    "FROM tickets t CROSS JOIN workflow_runs r ON r.ticket_id = t.id AND t.run_id IN (r.id, r.root_run_id) "
     f"{{joins}} WHERE t.{UNFINISHED} AND t.state <> 'blocked' AND r.status IN ('running', 'waiting') AND "
 )
 STALLED: Final = Sql(
@@ -74,6 +74,15 @@ _WHY: Final = (
     (UNDONE, "its step {step} succeeded, but another program changed its status"),
     (UNATTENDED, "its step {step} is running, but no attempt runs it: another program changed or deleted rows"),
     (STALLED, "nothing would continue its run: another program changed or deleted rows of its steps"),
+)
+# Steps without a run, which may look as if they were due for ever.
+WITHOUT_RUN: Final = Sql(
+    " UNION ALL ".join(
+        f"SELECT s.run_id FROM step_executions s WHERE {condition} "
+        "AND NOT EXISTS (SELECT 1 FROM workflow_runs r WHERE r.id = s.run_id)"
+        for condition in (STEP_READY, STEP_DELAYED, STEP_WAITING)
+    )
+    + " LIMIT :limit"
 )
 _COMPLETED: Final = Sql(
     "UPDATE step_executions SET status = 'completed' WHERE id = :id AND EXISTS "
@@ -124,7 +133,8 @@ class Maintenance:
         changes.tx.exact()
         began = time.thread_time()  # a busy machine makes it no dearer
         changes.tx.if_undone(partial(self._restore, self._seen, self.has_more))
-        changes.tx.ahead([(one, {"limit": AT_ONCE}) for one in (STUCK, MISTYPED, *(one for one, _ in _WHY), DISOWNED)])
+        reads = (STUCK, MISTYPED, *(one for one, _ in _WHY), WITHOUT_RUN, DISOWNED)
+        changes.tx.ahead([(one, {"limit": AT_ONCE}) for one in reads])
         stuck = changes.tx.all(STUCK, limit=AT_ONCE)
         for row in changes.each(stuck, lambda row: row.id):
             error = (
@@ -141,6 +151,8 @@ class Maintenance:
             )
             fail_ticket(changes, row.ticket_id, row.state, error)
         _fail_what_nothing_continues(changes)
+        if gone := {row.run_id for row in changes.tx.all(WITHOUT_RUN, limit=AT_ONCE)}:
+            changes.delete_runs(gone)
         disowned = [row.id for row in changes.tx.all(DISOWNED, limit=AT_ONCE)]
         for runs in [[one] for one in disowned] if changes.isolating else [disowned] if disowned else []:
             for _ in changes.each([runs], lambda runs: changes.owner(runs[0])):

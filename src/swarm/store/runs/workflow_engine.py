@@ -67,7 +67,7 @@ _WAITING: Final = Sql(
     "r.ticket_id = t.id AND r.status IN ('running', 'waiting') AND s.status = 'waiting' AND s.verdict IS NULL) "
     "AS waiting FROM tickets t WHERE t.id = :ticket_id"
 )
-_SET_ROOT: Final = Sql("UPDATE workflow_runs SET status = :status WHERE id = :id")
+_SET_ROOT: Final = Sql("UPDATE workflow_runs SET status = :status WHERE id = :id AND ticket_id = :ticket_id")
 DISOWNED: Final = Sql(
     "SELECT r.id FROM workflow_runs r LEFT JOIN tickets t ON t.id = r.ticket_id "
     f"WHERE {LIVE_RUN.replace('status', 'r.status')} AND r.root_run_id IS NULL AND (t.id IS NULL "
@@ -246,4 +246,5 @@ def refresh_waiting(changes: Changes, row: Row, *, error: str | None = None, out
         return
     after = TicketState.WAITING if waiting else TicketState.IN_PROGRESS
     changes.set_ticket(row.ticket_id, lenient(found.state), after, error=error if waiting else None, outputs=outputs)
-    changes.add(_SET_ROOT, id=row.root_run, status=str(RunStatus.WAITING if waiting else RunStatus.RUNNING))
+    status = RunStatus.WAITING if waiting else RunStatus.RUNNING
+    changes.add(_SET_ROOT, id=row.root_run, ticket_id=row.ticket_id, status=str(status))

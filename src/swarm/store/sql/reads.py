@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Final, TypeAlias
@@ -30,3 +31,16 @@ def among(statement: Sql, ids: Sequence[str], **others: Any) -> Read:
     """A statement with ``IN :ids``, for a few ids."""
     values = filled("id", ids)
     return _in(statement, len(values)), values | others
+
+
+def undecoded(statement: str, values: Mapping[str, Any]) -> Read:
+    """For SQLite: the same, where texts are bytes that are not UTF-8 (`sqlite._decode`), which its driver can't take
+    back as texts. Raises UnicodeEncodeError for a text that no row has."""
+    found = dict[str, bytes]()
+    for name, value in values.items():
+        if isinstance(value, str) and (raw := value.encode("utf-8", "surrogateescape")) != value.encode(
+            errors="replace"
+        ):
+            found[name] = raw
+    names = "|".join(found) or "(?!)"
+    return re.sub(rf":({names})\b", r"CAST(:\1 AS TEXT)", statement), {**values, **found}

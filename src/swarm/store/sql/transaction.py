@@ -18,7 +18,7 @@ from swarm.base.realtime import ahead_of_others
 from swarm.errors import StoreError
 from swarm.store.sql import files
 from swarm.store.sql.dialect import Dialect, Sql, Statement, explain
-from swarm.store.sql.reads import IN_CHUNK, Read, among
+from swarm.store.sql.reads import IN_CHUNK, Read, among, undecoded
 from swarm.store.sql.rows import iso
 from swarm.store.sql.wake import Wake
 
@@ -237,7 +237,14 @@ class Tx:
             return self._send((self._text(sql), values, True))[-1]
         if self._unwritten:
             self.write()
-        return self._cursor.execute(self._text(sql), values)
+        return self._run(self._cursor, self._text(sql), values)
+
+    @staticmethod
+    def _run(cursor: Any, sql: str, values: Mapping[str, Any]) -> Any:
+        try:
+            return cursor.execute(sql, values)
+        except UnicodeEncodeError:
+            return cursor.execute(*undecoded(sql, values))
 
     def write(self, *, commit: bool = False) -> None:
         """Write the changes made so far. Takes the write lock, if there are any."""
@@ -251,11 +258,20 @@ class Tx:
             # By a statement of its own: the driver parses one that was refused once at every use, under the lock.
             self._take_lock(self.dialect.lock)
         for statement, rows in unwritten:
-            self._cursor.executemany(statement, rows)
-            if statement in _ONE_ROW and self._cursor.rowcount != len(rows):
+            if self._write_rows(statement, rows) != len(rows) and statement in _ONE_ROW:
                 raise self.dialect.driver_error("a trigger ignored it, or removed the row")
         if commit:
             driver.commit()
+
+    def _write_rows(self, statement: Sql, rows: Sequence[Mapping[str, Any]]) -> int:
+        """How many were changed."""
+        left = iter(rows)
+        try:
+            self._cursor.executemany(statement, left)
+            return int(self._cursor.rowcount)
+        except UnicodeEncodeError:
+            written = len(rows) - len(list(left)) - 1  # before the one that raised this
+        return written + sum(int(self._run(self._cursor, statement, row).rowcount) for row in rows[written:])
 
     def _take_unwritten(self) -> _Unwritten:
         unwritten, self._unwritten = self._unwritten, []
@@ -342,7 +358,7 @@ class Tx:
         ids = [rows[0]["ticket_id"] for _, rows in self._unwritten if "ticket_id" in rows[0]]
         if ids and not self._locked and self.dialect.warm_up is not None:
             with contextlib.suppress(self.dialect.driver_error):  # another program removed a table
-                self._cursor.execute(self.dialect.warm_up, {"ticket_id": ids[0]}).fetchall()
+                self._run(self._cursor, self.dialect.warm_up, {"ticket_id": ids[0]}).fetchall()
 
     def exact(self) -> None:
         """What follows depends on rows that the transaction has read, but not locked. Raises NotExact in a shared one:
@@ -386,7 +402,7 @@ class Tx:
         if self._begin is not None:
             self._send()
         with contextlib.closing(self.dialect.streaming(self.connection.driver)) as cursor:
-            cursor.execute(self._text(statement), values)
+            self._run(cursor, self._text(statement), values)
             make = self._row_type(cursor, statement)
             while rows := cursor.fetchmany(1000):
                 yield from map(make, rows)

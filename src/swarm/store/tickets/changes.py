@@ -70,6 +70,7 @@ _SET_TICKET: Final = one_row(
     "completed_at = :completed_at, updated_at = :now WHERE id = :id"
 )
 _TICKET_OF_RUN: Final = Sql("SELECT ticket_id FROM workflow_runs WHERE id = :id")
+_TICKETS_OF_RUNS: Final = Sql("SELECT id, ticket_id FROM workflow_runs WHERE id IN :ids")
 _LIVE_STEPS: Final = Sql(
     "SELECT s.id, s.run_id, s.step_id, s.status, s.attempt_id, s.started_at, r.ticket_id "
     "FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id /*+ JOIN tickets t ON t.id = r.ticket_id */ "
@@ -97,7 +98,6 @@ _DELETE_ATTEMPTS: Final = Sql(
 )
 _DELETE_STEPS: Final = Sql("DELETE FROM step_executions WHERE run_id = :run_id")
 _DELETE_RUN: Final = Sql("DELETE FROM workflow_runs WHERE id = :run_id")
-_DELETE_ATTEMPT: Final = Sql("DELETE FROM attempts WHERE id = :id")
 _CLOSE_TICKET: Final = Sql(
     "UPDATE tickets SET completed_at = COALESCE(completed_at, :now), updated_at = :now "
     "WHERE id = :id AND state = 'cancelled' AND completed_at IS NULL"
@@ -399,6 +399,13 @@ class Changes:
             self.tx.many(statement, [{"run_id": run, "error": message(error), "now": self.tx.now} for run in ids])
         self.flush()
 
+    def whole_runs(self, rows: Sequence[Row]) -> list[str]:
+        """The runs of these rows, and the tickets' own runs that they are nested in, if they are: another program may
+        have named those of another ticket."""
+        roots = {row.root_run: row.ticket_id for row in rows if row.root_run != row.run_id}
+        found = self.tx.all_in(_TICKETS_OF_RUNS, roots)
+        return [row.run_id for row in rows] + [run.id for run in found if run.ticket_id == roots[run.id]]
+
     def delete_runs(self, run_ids: Iterable[str]) -> None:
         """Delete runs whose ticket was deleted."""
         self.tx.exact()
@@ -420,15 +427,13 @@ class Changes:
         known = [row for row in rows if row.run_id is not None and row.ticket is not None]
         taken_back = [row for row in known if not (row.state in _RUNNING and row.ticket_run == row.root_run)]
         if taken_back:
-            self.cancel_runs([row.root_run for row in taken_back], error="the ticket was changed from outside")
+            self.cancel_runs(self.whole_runs(taken_back), error="the ticket was changed from outside")
             for row in taken_back:
                 self.add(_CLOSE_TICKET, id=row.ticket, now=self.tx.now)
             self.flush()
         if deleted := [row.run_id for row in rows if row.run_id is not None and row.ticket is None]:
             self.delete_runs(deleted)
-        for row in rows:
-            if row.run_id is None:  # even its step was deleted
-                self.add(_DELETE_ATTEMPT, id=row.id)
-            elif row in known and row not in taken_back:  # the step belongs to another attempt
+        for row in known:
+            if row not in taken_back:  # the step belongs to another attempt
                 self.end_attempt(row, AttemptOutcome.LOST, error="another attempt has the step")
         self.flush()
