@@ -105,7 +105,7 @@ def lost(moves: list[tuple[str, str, str, str]], **values: object) -> History:
     [
         (History([*START, *END, END[1]]), "finished_twice", "after it had ended as done"),
         (History([*START, *FAILED, END[1]]), "finished_twice", "after it had ended as failed"),
-        (History([*START, *END, END[0]]), "finished_twice", "ended twice"),
+        (History([*START, *END, END[0]], tries=[attempt()]), "finished_twice", "ended twice"),
         (
             History([*START, ("step", "ready", "running", "a2")], tries=[attempt(outcome=None)]),
             "finished_twice",

@@ -98,7 +98,9 @@ class _History:
     steps: dict[str, str] = field(default_factory=dict)  # step → the attempt that runs it
     completed: set[str] = field(default_factory=set)  # steps, since the last start of the ticket
     ended: dict[str, str] = field(default_factory=dict)  # attempt → the step's status that it left
-    overlaps: list[tuple[str, str]] = field(default_factory=list)  # an attempt that ran, and what began meanwhile
+    overlaps: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # an attempt that ran, or ended twice, and what it did
     deleted: bool = False
 
 
@@ -116,7 +118,7 @@ def judge(facts: AuditSource, vms: Iterable[VmFact] = (), *, engine_alive: bool 
     ended = _check_attempts(facts.attempts(), histories, report, engine_alive=engine_alive)
     for id_, history in histories.items():
         for attempt, what in history.overlaps:
-            # Swarm deletes no attempt of a ticket that it runs.
+            # Swarm deletes no attempt of a ticket that it runs. One that never was, another program wrote.
             _add(report.finished_twice if attempt in ended else report.changed_by_others, id_, what)
     for step in facts.running_steps():
         if not step.attempt_alive:
@@ -207,7 +209,7 @@ def _step_moves(history: _History, entry: LogEntry, report: Report) -> bool:
         return True
     if attempt and entry.before == StepStatus.RUNNING:
         if attempt in history.ended:
-            _add(twice, entry.ticket_id, f"attempt {attempt} of step {step!r} ended twice {at}")
+            history.overlaps.append((attempt, f"attempt {attempt} of step {step!r} ended twice {at}"))
         history.ended[attempt] = entry.after
         if history.steps.get(step) == attempt:
             del history.steps[step]

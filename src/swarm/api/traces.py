@@ -20,10 +20,10 @@ from swarm.base.clock import PHASES
 from swarm.base.log import logger
 from swarm.errors import NotFound, StoreError
 from swarm.model import TERMINAL_TICKET_STATES, Ticket
-from swarm.store.sql.rows import milliseconds
+from swarm.store.sql.rows import LONGEST_MS, milliseconds
 from swarm.store.store import Store
 from swarm.store.tickets.display import ModelCall
-from swarm.store.tickets.facts import LONGEST_MS, Traced, ended_as
+from swarm.store.tickets.facts import Traced, ended_as
 
 log = logger(__name__)
 

@@ -28,12 +28,14 @@ MARKS: Final = (
 PHASES: Final = tuple(phase for _, phase in MARKS)
 
 MAX_AGE_SECONDS: Final = 100 * 365 * 86_400  # a time before year 1 has no date
+_FIRST_MS, _LAST_MS = -62_135_596_800_000, 253_402_300_799_999
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def iso(ms: float | None = None) -> str:
-    """Milliseconds since the epoch, or now, as ISO-8601 UTC: 2026-01-31T12:00:00.000Z, like every time we print."""
-    ms = time.time() * 1000 if ms is None else ms
+    """Milliseconds since the epoch, or now, as ISO-8601 UTC: 2026-01-31T12:00:00.000Z, like every time we print. What
+    is beyond all dates becomes the first or the last one."""
+    ms = time.time() * 1000 if ms is None else min(max(ms, _FIRST_MS), _LAST_MS)
     return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
 
 

@@ -50,6 +50,10 @@ def _matches(version: str, wanted: str) -> bool:
 def order(version: str) -> tuple[object, ...]:
     """A sort key by semantic versioning 2.0.0: numbers sort as numbers, a pre-release before its release."""
     core, _, before = version.partition("+")[0].partition("-")
-    numbers = tuple(int(part) if part.isdecimal() else 0 for part in core.split("."))
-    parts = tuple((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in before.split(".")) if before else ()
+    numbers = tuple(int(part) if _is_number(part) else 0 for part in core.split("."))
+    parts = tuple((0, int(p), "") if _is_number(p) else (1, 0, p) for p in before.split(".")) if before else ()
     return (numbers, not before, parts)
+
+
+def _is_number(part: str) -> bool:
+    return part.isdecimal() and len(part) <= 4000  # Python reads no longer one, and another program may have written it

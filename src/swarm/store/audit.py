@@ -5,15 +5,13 @@ Only the statements; swarm.admin.prove interprets the results. ``:since`` is ISO
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from swarm.model import TERMINAL_TICKET_STATES
 from swarm.store.sql.dialect import Sql
-from swarm.store.sql.rows import lenient, milliseconds
+from swarm.store.sql.rows import lenient, milliseconds, parsed
 from swarm.store.sql.transaction import Tx
 from swarm.store.tickets.changes import HAS_OTHERS, MENDED
 
@@ -170,10 +168,7 @@ class Audit:
     def log(self) -> Iterator[LogEntry]:
         now = self._tx.now_ms
         for row in self._tx.stream(LOG, since=self.since):
-            data: Any = None
-            with contextlib.suppress(TypeError, ValueError):  # another tool wrote it: not a transition
-                data = json.loads(row.data)
-            data = data if isinstance(data, dict) else {}
+            data = parsed(row.data, dict) or {}  # another tool wrote it: not a transition
             yield LogEntry(
                 seq=row.seq,
                 ticket_id=lenient(row.ticket_id) or "",

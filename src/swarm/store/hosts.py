@@ -7,7 +7,6 @@ when a disk is cloned: they differ by their boots, and only one may live.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,7 +18,7 @@ from swarm.store.registry.workers import SILENT_AFTER_SECONDS
 from swarm.store.sandboxes.changes import end, last_snapshot
 from swarm.store.sql.conditions import ATTEMPT_LIVE, SANDBOX_HELD, SANDBOX_LIVE
 from swarm.store.sql.dialect import Sql
-from swarm.store.sql.rows import HostRow, dump, flag, iso, lenient
+from swarm.store.sql.rows import HostRow, dump, flag, iso, lenient, parsed
 from swarm.store.sql.transaction import Row, Tx
 from swarm.store.tickets import events
 from swarm.store.tickets.validation import shown
@@ -207,12 +206,7 @@ def _host(tx: Tx, row: Row) -> HostRow:
 
 
 def _object(text: object) -> dict[str, Any]:
-    """Another program may have written anything."""
-    try:
-        found = json.loads(text) if isinstance(text, str) else None
-    except (ValueError, RecursionError):
-        found = None
-    return found if isinstance(found, dict) else {}
+    return parsed(text, dict) or {}
 
 
 def _find(tx: Tx, ref: str) -> Row:

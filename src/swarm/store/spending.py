@@ -13,7 +13,7 @@ from swarm.errors import LeaseLost, NotFound
 from swarm.ledger import Account, Bill, Busy, Granted, Limit, Order, Refused, Reservation
 from swarm.model import Event
 from swarm.store.sql.dialect import Sql
-from swarm.store.sql.rows import event_values, iso, message
+from swarm.store.sql.rows import event_values, iso, message, whole
 from swarm.store.sql.transaction import Row, Tx
 from swarm.store.tickets.changes import INSERT_EVENT
 from swarm.store.tickets.events import APPEND_OF_SANDBOX
@@ -211,7 +211,7 @@ def _limit(usd: object, tokens: object) -> Limit:
     is_number = isinstance(usd, int | float) and not math.isnan(usd)
     return Limit(
         usd=None if usd in (None, "") else float(usd) if is_number else 0.0,  # type: ignore[arg-type]
-        tokens=None if tokens in (None, "") else int(tokens) if isinstance(tokens, int | float) else 0,
+        tokens=None if tokens in (None, "") else whole(tokens) or 0,
     )
 
 

@@ -9,10 +9,12 @@ import pytest
 
 from swarm.admin.prove import judge
 from swarm.errors import ChangeRefused, LeaseLost, StoreError
-from swarm.model import Succeeded, Ticket
+from swarm.model import Role, Sandbox, Succeeded, Ticket
 from swarm.store.registry import schedules
+from swarm.store.registry.notices import NoticeKind
+from swarm.store.registry.tokens import Actor
 from swarm.store.store import Store
-from tests.store.databases import ECHO, LEASE, Outside, claim_one, claimed, insert
+from tests.store.databases import ECHO, LEASE, RETRY, Outside, claim_one, claimed, insert
 from tests.store.flows import register
 
 pytestmark = pytest.mark.slow  # tries very many cases
@@ -189,13 +191,23 @@ async def test_the_clock_was_set_to_no_number(store: Store, outside: Outside) ->
     await other_runs(store, outside)
 
 
-@pytest.mark.parametrize("column", ["next_at", "computed_at"])
-async def test_a_schedule_whose_time_is_no_number_is_computed_again(
-    store: Store, outside: Outside, column: str
-) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        "next_at = datetime('now')",
+        "computed_at = datetime('now')",
+        "next_at = 9e18",
+        "next_at = 9223372036854775807",
+        "next_at = -9223372036854775807",
+        "next_at = 9e999",
+        "next_at = NULL",
+    ],
+)
+async def test_a_schedule_whose_time_is_none_is_computed_again(store: Store, outside: Outside, change: str) -> None:
     await register(store, "schedule: [{cron: '5 5 5 5 *'}]\nsteps: [{id: one, agent: echo}]")
-    if outside.refuses(f"UPDATE schedules SET {column} = datetime('now')"):
+    if not outside.accepts(f"UPDATE schedules SET {change}"):
         return
+    await store.schedules()
     await store.due_schedules()
     ((next_at, computed_at),) = outside.execute("SELECT next_at, computed_at FROM schedules")
     assert isinstance(next_at, int) and isinstance(computed_at, int)
@@ -306,3 +318,55 @@ async def test_text_that_is_not_utf8_anywhere(store: Store, outside: Outside, wh
     assert not (await store.due()).ready
     report = await store.audit(lambda facts: judge(facts, engine_alive=True))
     assert report.kept, report.violations
+
+
+DEEP = "[" * 10_000 + "]" * 10_000
+DIGITS = "9" * 5000  # Python reads no such number
+
+
+@pytest.mark.parametrize(
+    "change", [f"{column} = '{DEEP}'" for column in ("entry", "env", "retry", "requires")] + [f"version = '{DIGITS}'"]
+)
+async def test_an_agent_beyond_what_can_be_read(store: Store, outside: Outside, change: str) -> None:
+    outside.execute(f"UPDATE agents SET {change} WHERE id = ?", (RETRY.id,))
+    insert(outside, "bad", agent_id=RETRY.id)
+    await store.add_sandbox(Sandbox(id="", state="starting", agent_id=RETRY.id), by="ann")
+    await store.claim_sandboxes("worker", "here", lease_seconds=LEASE, limit=1)
+    await other_runs(store, outside)
+    ticket = await store.ticket("bad")
+    assert (ticket.state, "has a broken row" in str(ticket.error)) == ("failed", True), ticket.error
+    await store.agents(broken=False)
+
+
+@pytest.mark.parametrize("value", ["x", DEEP, DIGITS, "[NaN]", "1e999", '{"agent": "x", "boot": NaN}', '{"a": 1e999}'])
+async def test_what_is_shown_of_any_value(store: Store, outside: Outside, value: str) -> None:
+    insert(outside, "t")
+    await finish(store, (await claim_one(store)).attempt_id)
+    await store.add_notice(url="http://there/", kinds=[NoticeKind.FAILED], project_id=None, by="ann")
+    for column in ("attempts.timings", "events.data", "notices.kinds", "hosts.labels", "workers.info"):
+        table, _, name = column.partition(".")
+        outside.execute(f"UPDATE {table} SET {name} = ?", (value,))
+    assert [one.timings for one in await store.attempts("t")] == [{}]
+    assert (await store.details("t")).attempts
+    assert all(event.data == {"text": value} for event in await store.events("t"))
+    assert [one.kinds for one in await store.notices()] == [()]
+    await store.facts(after=0, limit=100)
+    await store.audit(judge)
+
+
+@pytest.mark.parametrize("value", ["x", b"x", 2**63 - 1, float("inf"), -5])
+async def test_numbers_that_are_none(store: Store, outside: Outside, value: object) -> None:
+    """A follower goes on from now, a token is not valid, and what is waited for is waited for."""
+    await store.add_token("token", Actor(name="ann", role=Role.ADMIN), by="ann")
+    newest, _ = await store.newest_event(), await store.position("mine")
+    insert(outside, "bad", requires='{"zone":"a"}')
+    await claimed(store)
+    outside.accepts("UPDATE tokens SET expires_at = ?", (value,))
+    outside.accepts("UPDATE positions SET seq = ?", (value,))
+    outside.accepts("UPDATE unmet SET since = ?", (value,))
+    await store.tokens()
+    # What PostgreSQL refused is not there.
+    valid = value in (2**63 - 1, float("inf")) or (outside.typed and value != -5)
+    assert (await store.token_holder("token") is not None) == valid
+    assert await store.position("mine") in (value, *range(newest, newest + 10))
+    await other_runs(store, outside)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any, Final
 
 from swarm.model import Agent, KeepVm, Ticket
 from swarm.store.sql.conditions import OF_SOURCE, SOURCE_HOST
+from swarm.store.sql.rows import parsed, whole
 from swarm.store.sql.transaction import Row
 from swarm.store.tickets.validation import BadRow, shown, strict_ticket
 
@@ -45,8 +45,6 @@ def of(step: Row | None, ticket: Ticket, agent: Agent) -> dict[str, Any]:
 
 def sized(agent: Agent, step: Row) -> Agent:
     """A fork is as large as the VM that it is one of."""
-    try:
-        spec = json.loads(step.source_spec or "{}")
-        return replace(agent, **{name: max(getattr(agent, name), spec[name]) for name in _SIZES if name in spec})
-    except (ValueError, TypeError):  # another program wrote it
-        return agent
+    spec = parsed(step.source_spec, dict) or {}
+    sizes = {name: max(getattr(agent, name), whole(spec.get(name)) or 0) for name in _SIZES}
+    return replace(agent, **sizes)

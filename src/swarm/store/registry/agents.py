@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Final
 
-from swarm.base import versions
+from swarm.base import jsontext, versions
 from swarm.errors import Conflict, NotFound, StoreError
 from swarm.fields import (
     DEBIAN_PACKAGE,
@@ -160,7 +159,7 @@ def parse(row: Row) -> Agent:
     values = {name: getattr(row, name) for name in AGENT_FIELDS}
     try:
         for name in _JSON:
-            values[name] = json.loads(values[name])
+            values[name] = jsontext.loads(values[name])
         retry = dict(values["retry"])
         if "on" in retry:
             retry["on"] = frozenset(FailureReason(reason) for reason in retry["on"])

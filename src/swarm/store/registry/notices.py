@@ -10,7 +10,7 @@ from typing import Final
 
 from swarm.errors import Conflict, NotFound
 from swarm.store.sql.dialect import Sql
-from swarm.store.sql.rows import new_id
+from swarm.store.sql.rows import new_id, parsed
 from swarm.store.sql.transaction import Row, Tx, one_row
 from swarm.store.tickets import events
 
@@ -93,10 +93,7 @@ def note(tx: Tx, id: str, error: str | None) -> None:
 
 
 def _row(row: Row) -> NoticeRow:
-    try:
-        kinds = tuple(kind for kind in json.loads(row.kinds) if kind in tuple(NoticeKind))
-    except (ValueError, TypeError):  # another program wrote it
-        kinds = ()
+    kinds = tuple(kind for kind in parsed(row.kinds, list) or () if kind in tuple(NoticeKind))
     return NoticeRow(
         id=row.id, url=row.url, kinds=kinds, project_id=row.project_id, created_by=row.created_by,
         created_at=row.created_at, sent_at=row.sent_at, error=row.error,

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from swarm.base import versions
+from swarm.base.clock import MAX_AGE_SECONDS
 from swarm.model import Ticket, TicketState
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import flag, iso, milliseconds, value
@@ -32,6 +33,7 @@ from swarm.workflow.schedule import Before
 # If the clock was set back by more than this, it was wrong before: times computed with it are computed again. After a
 # smaller step back, schedules wait until the clock has caught up, so that nothing runs twice.
 CLOCK_CORRECTED_MS: Final = 3 * 3600 * 1000
+_FAR_MS: Final = MAX_AGE_SECONDS * 1000  # no next time is so far away
 _MARK: Final = ""  # a workflow name that no workflow has
 
 _COLUMNS: Final = (
@@ -57,7 +59,8 @@ _DUE: Final = Sql(
     "SELECT s.workflow, s.number, s.workflow_id, s.next_at, s.computed_at, w.name, w.version, w.enabled, w.steps, "
     "t.state AS last_state, t.completed_at AS last_completed_at FROM schedules s "
     "LEFT JOIN workflows w ON w.id = s.workflow_id LEFT JOIN tickets t ON t.id = s.last_ticket_id "
-    "WHERE s.next_at <= :now_ms OR s.next_at >= '' OR s.computed_at > :latest_ms "
+    "WHERE s.next_at <= :now_ms OR s.next_at > :far_ms OR s.next_at IS NULL AND s.error IS NULL "
+    "OR s.computed_at > :latest_ms "
     "ORDER BY s.next_at, s.workflow, s.number"
 )
 _NEXT: Final = Sql("SELECT min(next_at) AS next_at FROM schedules WHERE next_at > :now_ms AND next_at < ''")
@@ -189,7 +192,7 @@ def _sync_rows(tx: Tx, workflow: str, rows: Sequence[Row]) -> None:
 def _is_plausible(row: Row, now_ms: int) -> bool:
     """False if its time must be computed again: the clock was corrected, or another program wrote what is no time."""
     numbers = isinstance(row.next_at, int) and isinstance(row.computed_at, int)
-    return numbers and row.computed_at <= now_ms + CLOCK_CORRECTED_MS
+    return numbers and 0 <= row.next_at <= now_ms + _FAR_MS and row.computed_at <= now_ms + CLOCK_CORRECTED_MS
 
 
 def _is_sound(row: Row) -> bool:
@@ -207,7 +210,9 @@ def _schedules_of(steps: str) -> Sequence[Schedule]:
 def due(tx: Tx) -> DueSchedules:
     now_ms = tx.now_ms
     found, stale = [], False
-    for row in tx.all(_DUE, now_ms=now_ms, latest_ms=now_ms + CLOCK_CORRECTED_MS):
+    for row in tx.all(_DUE, now_ms=now_ms, latest_ms=now_ms + CLOCK_CORRECTED_MS, far_ms=now_ms + _FAR_MS):
+        if row.next_at is None and row.name == row.workflow and not flag(row.enabled):
+            continue
         if row.name != row.workflow or not flag(row.enabled) or not _is_plausible(row, now_ms):
             stale = True
         else:
@@ -269,7 +274,10 @@ def add(tx: Tx, new: Sequence[Ticket]) -> None:
 
 
 def schedules(tx: Tx) -> list[ScheduleRow]:
-    return [value(ScheduleRow, row, next_at=iso(row.next_at) if row.next_at else None) for row in tx.all(_ALL)]
+    def shown(ms: object) -> str | None:
+        return iso(ms) if isinstance(ms, int | float) and ms else None
+
+    return [value(ScheduleRow, row, next_at=shown(row.next_at)) for row in tx.all(_ALL)]
 
 
 def moment(ms: int) -> datetime.datetime:

@@ -138,7 +138,7 @@ def may_log_in(tx: Tx, given: str) -> Actor | None:
 
 def _valid(tx: Tx, token: str) -> Row | None:
     row = tx.first(_BY_HASH, hash=digest(token))
-    return row if row is not None and (row.expires_at is None or row.expires_at > tx.now_ms) else None
+    return row if row is not None and (row.expires_at is None or _expires(row) > tx.now_ms) else None
 
 
 def use(tx: Tx, ids: Sequence[str]) -> list[None]:
@@ -189,4 +189,9 @@ def _actor(row: Row) -> Actor:
 
 
 def _row(row: Row) -> TokenRow:
-    return value(TokenRow, row, expires_at=None if row.expires_at is None else iso(row.expires_at))
+    return value(TokenRow, row, expires_at=None if row.expires_at is None else iso(_expires(row)))
+
+
+def _expires(row: Row) -> float:
+    """What is no number, another program wrote: it has expired."""
+    return row.expires_at if isinstance(row.expires_at, int | float) else 0.0

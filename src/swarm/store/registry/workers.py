@@ -4,13 +4,12 @@ ended, on this host, need not be waited for until its leases do.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from swarm.base import process
 from swarm.store.sql.dialect import Sql
-from swarm.store.sql.rows import WorkerRow, dump, milliseconds, value
+from swarm.store.sql.rows import WorkerRow, dump, milliseconds, parsed, value
 from swarm.store.sql.transaction import Tx
 
 # A live engine updates its row every 2 s; one that has not for this long is frozen, dead, or on a host that is down.
@@ -57,12 +56,7 @@ def has_died(row: WorkerRow) -> bool:
 
 
 def _info(text: object) -> dict[str, Any]:
-    """Another program may have written anything."""
-    try:
-        found = json.loads(text) if isinstance(text, str) else None
-    except (ValueError, RecursionError):
-        found = None
-    return found if isinstance(found, dict) else {}
+    return parsed(text, dict) or {}
 
 
 def dead(tx: Tx) -> list[str]:

@@ -3,7 +3,6 @@ sandbox, so everything in it may be wrong: a `BadRow` says which column is, and 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -13,7 +12,7 @@ from swarm.base import jsontext
 from swarm.fields import IN_WORDS, VARIABLE
 from swarm.model import Agent, Sandbox, SandboxState, Snapshot
 from swarm.store.sql.bounded import texts, too_long
-from swarm.store.sql.rows import lenient, real, whole
+from swarm.store.sql.rows import lenient, parsed, real, whole
 from swarm.store.tickets.validation import (
     BadRow,
     check_length,
@@ -178,11 +177,7 @@ def _parsed(column: str, text: str | None) -> Any:
 
 def labels(one: Sandbox) -> Mapping[str, str]:
     """For display: empty if another program wrote what is none."""
-    try:
-        found = json.loads(one.labels or "{}")
-    except (ValueError, RecursionError):
-        return {}
-    return {name: str(text) for name, text in found.items()} if isinstance(found, dict) else {}
+    return {name: str(text) for name, text in (parsed(one.labels, dict) or {}).items()}
 
 
 def memory_mb(spec: str) -> int | None:
@@ -197,15 +192,12 @@ def disk_mb(spec: str) -> int | None:
 def secrets(spec: str) -> list[tuple[str, str]]:
     """Names of the secrets that may be in the memory of a snapshot, each with the agent (or '') that was given it."""
     try:
-        return [(name, agent) for name, agent in json.loads(spec)["secrets"] if {type(name), type(agent)} == {str}]
-    except (ValueError, TypeError, LookupError, RecursionError):  # it says nothing of them, or another program wrote it
+        found = (parsed(spec, dict) or {})["secrets"]
+        return [(name, agent) for name, agent in found if {type(name), type(agent)} == {str}]
+    except (ValueError, TypeError, LookupError):  # it says nothing of them, or another program wrote it
         return []
 
 
 def _of_spec(spec: str, name: str) -> int | None:
-    try:
-        found = json.loads(spec)
-    except (ValueError, RecursionError):
-        return None
-    value = found.get(name) if isinstance(found, dict) else None
+    value = (parsed(spec, dict) or {}).get(name)
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31 else None

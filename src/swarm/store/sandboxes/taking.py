@@ -7,9 +7,7 @@ taken. So one row that can't be changed, because of what another program added, 
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
@@ -26,7 +24,7 @@ from swarm.store.sql.bounded import text
 from swarm.store.sql.conditions import SANDBOX_DUE, SANDBOX_ENDING, SANDBOX_HELD, SANDBOX_MARKED
 from swarm.store.sql.database import HEAD, REVISION, other_revision
 from swarm.store.sql.dialect import Sql
-from swarm.store.sql.rows import Due, message, new_id
+from swarm.store.sql.rows import Due, message, new_id, parsed
 from swarm.store.sql.transaction import Row, Tx, one_row
 from swarm.store.tickets import elsewhere, places, validation
 from swarm.store.tickets.changes import MENDED
@@ -264,10 +262,9 @@ def _close_former(tx: Tx, id: str) -> None:
     last = tx.first(_LAST_HOLD, id=id)
     if last is None or last.kind not in ("held", "transition"):
         return
-    with contextlib.suppress(ValueError, TypeError, AttributeError):  # another program wrote it
-        data = json.loads(last.data)
-        if last.kind == "held" or data.get("to") == SandboxState.RUNNING:
-            event(tx, id, "released", hold=data.get("hold"), why=MENDED)
+    data = parsed(last.data, dict)
+    if data is not None and (last.kind == "held" or data.get("to") == SandboxState.RUNNING):
+        event(tx, id, "released", hold=data.get("hold"), why=MENDED)
 
 
 def _end_unclean(tx: Tx, id: object) -> None:

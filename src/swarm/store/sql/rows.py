@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from swarm.base import jsontext
 from swarm.base.clock import iso as iso
 from swarm.model import Event, Ticket
 from swarm.store.sql.bounded import texts
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Value = TypeVar("Value", bound="DataclassInstance")
+Kind = TypeVar("Kind")
 
 MAX_ERROR_CHARS: Final = 16 * 1024
+LONGEST_MS: Final = 1e11  # of a phase: three years
 SUMMARY_CHARS: Final = 500
 READ_BYTES: Final = 64 << 10  # JSON up to this length is read, and stored twice, while others wait for the lock
 
@@ -78,6 +81,21 @@ def message(text: str | None) -> str | None:
 def shallow(value: DataclassInstance) -> dict[str, Any]:
     """A dataclass as a dict; unlike `dataclasses.asdict`, it doesn't copy the values."""
     return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
+def parsed(text: object, kind: type[Kind]) -> Kind | None:
+    """A value of JSON text that another program may have written; None if it is none, or of another kind."""
+    try:
+        found = jsontext.loads(text) if isinstance(text, str) else None
+    except ValueError:
+        return None
+    return found if isinstance(found, kind) else None
+
+
+def timings(text: object) -> dict[str, float]:
+    """How long each phase of an attempt took, ms."""
+    known = (parsed(text, dict) or {}).items()
+    return {name: float(ms) for name, ms in known if type(ms) in (int, float) and 0 <= ms < LONGEST_MS}
 
 
 _encode: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str).encode
@@ -146,14 +164,11 @@ def ticket(row: Any) -> Ticket:
 
 
 def event(row: Any) -> Event:
-    try:
-        data = json.loads(row.data)
-    except ValueError:
-        data = None
+    data = parsed(row.data, dict)
     return Event(
         ticket_id=lenient(row.ticket_id) or "",
         kind=row.kind,
-        data=data if isinstance(data, dict) else {"text": lenient(row.data)},
+        data=data if data is not None else {"text": lenient(row.data)},
         step_id=row.step_id,
         attempt_id=row.attempt_id,
         sandbox_id=lenient(row.sandbox_id),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from swarm.base import jsontext
 from swarm.model import Event, ExecutionMode
 from swarm.store.sql import rows
 from swarm.store.sql.conditions import SANDBOX_LIVE
@@ -172,7 +172,7 @@ def files(tx: Tx, ticket_id: str) -> list[LeftFiles]:
     found: dict[str, LeftFiles] = {}
     for row in tx.all(_FILES, id=ticket_id):
         with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError):  # another program wrote it
-            data = json.loads(row.data)
+            data = jsontext.loads(row.data)
             left_out = tuple((str(one["name"]), int(one["bytes"])) for one in data["left_out"])
             (digest,) = data["trees"].values()
             found[row.step_id] = LeftFiles(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -13,8 +11,6 @@ from swarm.store.sql import rows
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import milliseconds
 from swarm.store.sql.transaction import Row, Tx
-
-LONGEST_MS: Final = 1e11  # of a phase: three years
 
 # First where a bounded range ends: that reads no data, of which output has a lot.
 _UP_TO: Final = Sql(
@@ -46,6 +42,7 @@ _BEGIN: Final = Sql(
     "INSERT INTO positions (name, seq) SELECT :name, COALESCE(max(seq), 0) FROM events WHERE true "
     "ON CONFLICT (name) DO NOTHING"
 )
+_FORGET: Final = Sql("DELETE FROM positions WHERE name = :name")
 _MOVE: Final = Sql("UPDATE positions SET seq = :seq WHERE name = :name AND seq < :seq")
 
 
@@ -133,7 +130,8 @@ def traced(tx: Tx, ticket_id: str, *, run_id: str | None, limit: int) -> Traced:
     return Traced(
         steps=[rows.value(TracedStep, row) for row in tx.all(_TRACED_STEPS, **which)],
         attempts=[
-            rows.value(TracedAttempt, row, timings=_timings(row.timings)) for row in tx.all(_TRACED_ATTEMPTS, **which)
+            rows.value(TracedAttempt, row, timings=rows.timings(row.timings))
+            for row in tx.all(_TRACED_ATTEMPTS, **which)
         ],
     )
 
@@ -156,12 +154,14 @@ def ends_attempt(event: Event) -> bool:
 
 def position(tx: Tx, name: str) -> int | None:
     row = tx.first(_POSITION, name=name)
-    return None if row is None else int(row.seq)
+    return None if row is None else rows.whole(row.seq)
 
 
 def begin(tx: Tx, name: str) -> None:
     """At the newest event, unless there is a position of this name."""
-    tx.run(_BEGIN, name=name)
+    if position(tx, name) is None:
+        tx.run(_FORGET, name=name)  # another program wrote what is no number
+        tx.run(_BEGIN, name=name)
 
 
 def move(tx: Tx, name: str, seq: int) -> None:
@@ -189,12 +189,5 @@ def backlog(tx: Tx) -> Backlog:
 
 
 def _attempt(row: Row) -> EndedAttempt:
-    timings = _timings(row.timings)
+    timings = rows.timings(row.timings)
     return EndedAttempt(agent=row.agent_name, outcome=row.outcome, reason=row.reason, timings=timings)
-
-
-def _timings(text: object) -> dict[str, float]:
-    with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):  # another program wrote it
-        known = json.loads(text).items()  # type: ignore[arg-type]
-        return {name: float(ms) for name, ms in known if type(ms) in (int, float) and 0 <= ms < LONGEST_MS}
-    return {}

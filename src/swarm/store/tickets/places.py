@@ -16,6 +16,7 @@ from swarm.fields import IN_WORDS, LABEL, MAX_LABELS, MOST_NUMBER
 from swarm.store.sql.conditions import SANDBOX_MARKED, STEP_READY
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import lenient
+from swarm.store.sql.rows import parsed as parsed_json
 from swarm.store.sql.transaction import Tx
 
 MOST: Final = 64  # marks that one claim looks at
@@ -48,6 +49,7 @@ MARKS_OF_TICKETS, MARKS_OF_STEPS, MARKS_OF_SANDBOXES = _MARKS.values()
 _HOSTS: Final = Sql("SELECT name, labels, capacity FROM hosts ORDER BY name")
 _UNMET: Final = Sql("SELECT requires, since FROM unmet")
 _ADD: Final = Sql("INSERT INTO unmet (requires, since) VALUES (:requires, :since) ON CONFLICT (requires) DO NOTHING")
+_SINCE: Final = Sql("UPDATE unmet SET since = :since WHERE requires = :requires")
 _REMOVE: Final = Sql("DELETE FROM unmet WHERE requires = :requires")
 _OF_TICKET: Final = Sql(
     "SELECT NULL AS step_id, waits_for FROM tickets WHERE id = :id AND state = 'ready' AND waits_for > '' "
@@ -145,6 +147,8 @@ def read(tx: Tx, found: Places, *, of: Sequence[str] = TICKETS) -> None:
                 tx.run(_REMOVE, requires=one)
         elif one not in since:
             tx.run(_ADD, requires=one, since=tx.now_ms)
+        elif not isinstance(since[one], int):
+            tx.run(_SINCE, requires=one, since=tx.now_ms)
         elif since[one] <= tx.now_ms - found.patience_seconds * 1000 and one in mine and len(found.given_up) < MOST:
             found.given_up.append(one)
         if is_here and one in mine and len(found.here) < MOST:
@@ -210,8 +214,4 @@ def _hosts(tx: Tx) -> dict[str, tuple[Mapping[str, Any], object]]:
 
 
 def _object(text: object) -> dict[str, Any]:
-    try:
-        value = json.loads(str(text))
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return parsed_json(text, dict) or {}

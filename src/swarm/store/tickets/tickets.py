@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Final
@@ -280,7 +279,7 @@ def last_attempts(tx: Tx, id: str, *, limit: int) -> list[AttemptRow]:
 
 
 def _attempt(tx: Tx, row: Any) -> AttemptRow:
-    timings = json.loads(row.timings or "{}")
+    timings = rows.timings(row.timings)
     if row.outcome is None and (spent := _so_far(tx, row.started_at)) is not None:
         timings = {"total": spent}
     return rows.value(AttemptRow, row, timings=timings)
