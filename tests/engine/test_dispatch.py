@@ -16,6 +16,7 @@ import structlog.testing
 
 from swarm.app import wiring
 from swarm.base.clock import Timeline
+from swarm.engine import dispatch
 from swarm.engine.dispatch import Dispatcher
 from swarm.engine.engine import Engine, Limits, Watcher
 from swarm.engine.room import Memory
@@ -408,3 +409,26 @@ async def test_an_agent_that_prints_byte_by_byte_costs_few_events(plain: Bench) 
     printed = [event for event in await plain.store.events("t", limit=10_000) if event.kind == "output"]
     assert "".join(str(event.data["text"]) for event in printed) == "x" * 5000
     assert len(printed) < 100 + 20 * (time.monotonic() - began)  # ten a second
+
+
+UNDONE = (
+    "CREATE TRIGGER again AFTER DELETE ON unmet BEGIN INSERT INTO unmet VALUES (OLD.requires, 0); END",
+    "CREATE TRIGGER again AFTER UPDATE OF waits_for ON tickets WHEN NEW.waits_for = '' "
+    "BEGIN UPDATE tickets SET waits_for = 'x' WHERE id = NEW.id; END",
+)
+
+
+@pytest.mark.parametrize("sql", UNDONE)
+async def test_a_trigger_that_undoes_every_claim_keeps_no_ticket_waiting(plain: Bench, sql: str) -> None:
+    plain.sql(sql)
+    plain.sql("INSERT INTO unmet VALUES ('{\"q\":1}', 0)")
+    plain.sql("INSERT INTO tickets (id, state, waits_for) VALUES ('bad', 'ready', 'x')")
+    agent = await plain.agent("import json; json.dump({}, open('output.json', 'w'))", "quick")
+    async with serving(plain) as dispatcher:
+
+        async def in_vain() -> bool:
+            return dispatcher._empty > dispatch._IN_VAIN
+
+        await plain.until(in_vain)
+        plain.insert("t", agent.id)
+        assert await ended(plain, "t") == ["done"]

@@ -36,7 +36,8 @@ log = logger(__name__)
 HEARTBEAT_SECONDS = 2.0
 # The loop looks at least this often. (Leases and back-offs have exact end times, and are waited for.)
 LOOK_SECONDS = 30.0
-# After a commit that made nothing ready, a claim checks the tables again, this long after the last claim.
+# After a commit that made nothing ready, a claim checks the tables again, this long after the last claim. (Without one,
+# after LOOK_SECONDS: another program's trigger changes rows in our own commits.)
 UPKEEP_SECONDS = 1.0
 # While attempts run, most commits are our own: don't look again so soon after a claim, which saw everything.
 _QUIET_SECONDS = 0.005
@@ -44,6 +45,10 @@ _QUIET_SECONDS = 0.005
 _ROOM_LOOK_SECONDS = 1.0
 _RETRY_SECONDS = 0.5
 _RATE_SECONDS = 60.0
+# After so many claims that found nothing, a commit is looked at before the next one; and if something is said to be due
+# all the while, the next ones come less and less often: another program's trigger undoes what they write.
+_IN_VAIN = 8
+_IN_VAIN_SECONDS = 0.25
 _DRAINING = "nothing: this host is being drained, which `swarm host undrain` ends"
 
 
@@ -101,6 +106,7 @@ class Dispatcher:
         self._more = True  # the last claim reached its limit, or more work is expected
         self._committed = True  # there was a commit since the last claim
         self._claimed_at = -UPKEEP_SECONDS
+        self._empty = self._in_vain = 0  # claims in a row that found nothing; while something was due
         self._room_at = 0.0  # no claims before, since a disk was full
         self._back_off_seconds = _ROOM_LOOK_SECONDS
         self.stopping = False
@@ -201,6 +207,7 @@ class Dispatcher:
                 self._store_error, self._more = "", self._more or len(claims) == request.limit
                 for claim in claims:
                     self._begin(claim)
+                self._empty = 0 if claims else self._empty + 1
                 await asyncio.sleep(0)  # each task registers itself in `running`, which counts for memory
                 if claims and not self._more:
                     return LOOK_SECONDS  # our own commit wakes the loop, which then asks what is due
@@ -209,6 +216,7 @@ class Dispatcher:
                     continue
                 if not claims and not self._more:
                     due = await self._store.due()
+                    self._in_vain = self._in_vain + 1 if due.ready or due.next_ms == 0 else 0
                     if due.ready and request.disk_shortage:
                         self._wait_for_room(request.disk_shortage)
                     elif due.ready:
@@ -240,13 +248,16 @@ class Dispatcher:
         A claim takes the database's write lock, and the sqlite3 shell does not wait for that lock. So unless work is
         expected, read first whether any is due: reading takes no lock.
         """
-        if self._more or (self._committed and not self._tasks):  # while idle, commits come from other programs
+        new = self._committed and not self._tasks and self._empty < _IN_VAIN
+        if self._more or new:  # while idle, commits come from other programs
             return None
         if self._tasks and (quiet := self._claimed_at + _QUIET_SECONDS - time.monotonic()) > 0:
             return quiet
         due = await self._store.due()
         if due.ready or due.next_ms == 0 or self._upkeep_seconds() <= 0:
-            return None
+            pause = min(_IN_VAIN_SECONDS, 0.001 * 2 ** min(self._in_vain - _IN_VAIN, 10))
+            left = self._claimed_at + pause - time.monotonic() if self._in_vain >= _IN_VAIN else 0.0
+            return left if left > 0 else None
         self.waits_for = ""
         return self._until(due)
 
@@ -279,7 +290,8 @@ class Dispatcher:
 
     def _upkeep_seconds(self) -> float:
         """Until the next claim for what only claims find: bad rows, tickets that wait for each other."""
-        return max(0.0, self._claimed_at + UPKEEP_SECONDS - time.monotonic()) if self._committed else LOOK_SECONDS
+        pause = UPKEEP_SECONDS if self._committed else LOOK_SECONDS
+        return max(0.0, self._claimed_at + pause - time.monotonic())
 
     def _until(self, due: Due) -> float:
         next_seconds = LOOK_SECONDS if due.next_ms is None else due.next_ms / 1000 + 0.001
@@ -296,6 +308,7 @@ class Dispatcher:
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        self._in_vain = 0
         self._look.set()
 
     async def _attempt(self, claim: Claim) -> None:

@@ -10,6 +10,7 @@ import pytest
 from swarm.admin.prove import judge
 from swarm.errors import ChangeRefused, LeaseLost, StoreError
 from swarm.model import Role, Sandbox, Succeeded, Ticket
+from swarm.store.claims import maintenance
 from swarm.store.registry import schedules
 from swarm.store.registry.notices import NoticeKind
 from swarm.store.registry.tokens import Actor
@@ -370,3 +371,60 @@ async def test_numbers_that_are_none(store: Store, outside: Outside, value: obje
     assert (await store.token_holder("token") is not None) == valid
     assert await store.position("mine") in (value, *range(newest, newest + 10))
     await other_runs(store, outside)
+
+
+# What a trigger of another program does with a ticket 'bad', and the ticket's agent.
+UNDONE = {
+    "each start": ("WHEN NEW.id = 'bad' AND NEW.state = 'in_progress'", ECHO.id),
+    "each refusal": ("WHEN NEW.id = 'bad' AND NEW.state = 'failed'", "nobody"),
+    "each change": ("WHEN NEW.id = 'bad' AND NEW.state <> 'ready'", ECHO.id),
+}
+
+
+@pytest.mark.parametrize("when", UNDONE)
+async def test_a_trigger_that_makes_a_ticket_ready_again(store: Store, outside: Outside, when: str) -> None:
+    """For a while; then it fails, or is skipped."""
+    condition, agent = UNDONE[when]
+    outside.execute(
+        f"CREATE TRIGGER again AFTER UPDATE OF state ON tickets {condition} "
+        "BEGIN UPDATE tickets SET state = 'ready' WHERE id = NEW.id; END"
+    )
+    insert(outside, "bad", agent_id=agent)
+    for _ in range(40):
+        await claimed(store)
+    before = outside.execute("SELECT count(*) FROM events")
+    for _ in range(10):
+        assert await claimed(store) == []
+    assert outside.execute("SELECT count(*) FROM events") == before
+    ticket = await store.ticket("bad")
+    if when == "each start":
+        assert ticket.state == "failed" and "was made ready 20 times in a short time" in (ticket.error or "")
+    else:
+        assert list(store.isolation.skipped) == ["ticket 'bad'"]
+    await other_runs(store, outside)
+
+
+ONLY_BY_TRIGGER = {
+    "the attempt is gone": "AFTER INSERT ON attempts BEGIN DELETE FROM attempts WHERE id = NEW.id; END",
+    "it has ended": "AFTER INSERT ON attempts BEGIN UPDATE attempts SET outcome = 'lost' WHERE id = NEW.id; END",
+    "the ticket goes on": "AFTER UPDATE ON tickets WHEN NEW.state = 'done' "
+    "BEGIN UPDATE tickets SET state = 'in_progress' WHERE id = NEW.id; END",
+}
+
+
+@pytest.mark.parametrize("what", ONLY_BY_TRIGGER)
+async def test_what_only_a_trigger_changed_is_found(
+    store: Store, outside: Outside, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else commits."""
+    outside.execute(f"CREATE TRIGGER theirs {ONLY_BY_TRIGGER[what]}")
+    insert(outside, "bad")
+    claim = await claim_one(store)
+    with contextlib.suppress(LeaseLost):
+        await finish(store, claim.attempt_id)
+    monkeypatch.setattr(maintenance, "ALWAYS_SECONDS", 0.0)
+    while (await store.ticket("bad")).state == "in_progress":
+        await claimed(store)
+    assert (await store.ticket("bad")).state == "failed"
+    report = await store.audit(lambda facts: judge(facts, engine_alive=True))
+    assert report.kept, report.violations

@@ -374,7 +374,7 @@ class _ClaimTransaction:
 
     def _end_former(self, row: Row) -> None:
         if row.live_run is not None:
-            self.changes.cancel_runs([row.live_run], error="the ticket was made ready again")
+            self.changes.end_former(row.id, row.live_run)
 
     def _agent(self, work: Work, agents: Mapping[str, Agent | StoreError]) -> Agent:
         if (agent := agents.get(work.agent_id)) is None:

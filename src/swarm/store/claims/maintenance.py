@@ -16,6 +16,7 @@ from swarm.store.tickets import dependencies, validation
 from swarm.store.tickets.changes import HAS_OTHERS, MENDED, Changes
 from swarm.store.tickets.isolation import fail_ticket
 
+ALWAYS_SECONDS: Final = 20.0  # another program's trigger changes rows without a commit of its own
 AT_ONCE: Final = 100  # rows in one transaction
 
 # Manually set to a state that only Swarm sets: the ticket has no run, so nothing would ever change it.
@@ -111,15 +112,15 @@ class Maintenance:
 
     def due(self, written_by_others: int, *, idle: bool, required: bool) -> bool:
         """Is it time to look at every unfinished ticket? Only if something changed: at once when idle, else once a
-        second.
+        second. And now and then.
 
         A run that takes more than 10 ms of CPU may take a twentieth of the time at most.
         """
         if required:
             return True
-        if written_by_others == self._seen and not self.has_more:
-            return False
         since = time.monotonic() - self._ended  # paces work; decides nothing
+        if written_by_others == self._seen and not self.has_more and since < ALWAYS_SECONDS:
+            return False
         if not idle:
             return since >= 1.0
         return self._took <= 0.01 or since >= 20 * self._took
@@ -196,6 +197,8 @@ def fail_row(changes: Changes, row: Row, error: str, *, why: str | None = None) 
     """Fail a ticket that never ran. If its id isn't valid text, it is found by its bytes."""
     before = str(lenient(row.state))
     if has_clean_id(row.id):
+        if getattr(row, "completed_at", None) is not None:  # it has ended before
+            changes.check_restarts(row.id)
         changes.set_ticket(row.id, before, TicketState.FAILED, error=error, why=why)
         return
     raw = row.id if isinstance(row.id, bytes) else row.id.encode("utf-8", "surrogateescape")

@@ -71,6 +71,11 @@ _SET_TICKET: Final = one_row(
 )
 _TICKET_OF_RUN: Final = Sql("SELECT ticket_id FROM workflow_runs WHERE id = :id")
 _TICKETS_OF_RUNS: Final = Sql("SELECT id, ticket_id FROM workflow_runs WHERE id IN :ids")
+_MOST_RESTARTS: Final = 20  # in so many events
+_RESTARTS: Final = Sql(
+    "SELECT count(*) AS number FROM events WHERE ticket_id = :id AND seq > (SELECT max(seq) FROM events) - 10000 "
+    """AND kind = 'transition' AND data LIKE '{"of":"ticket","from":"ready"%'"""
+)
 _LIVE_STEPS: Final = Sql(
     "SELECT s.id, s.run_id, s.step_id, s.status, s.attempt_id, s.started_at, r.ticket_id "
     "FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id /*+ JOIN tickets t ON t.id = r.ticket_id */ "
@@ -235,15 +240,8 @@ class Changes:
             self.ended[ticket_id] = after
         done_at = self.tx.now if after in TERMINAL_TICKET_STATES else None
         error = message(error)
-        self.add(
-            _SET_TICKET,
-            id=ticket_id,
-            state=str(after),
-            outputs=outputs,
-            error=error,
-            completed_at=done_at,
-            now=self.tx.now,
-        )
+        values = {"id": ticket_id, "state": str(after), "outputs": outputs, "error": error, "completed_at": done_at}
+        self.add(_SET_TICKET, **values, now=self.tx.now)
         self.transition("ticket", before, after, ticket_id=ticket_id, why=why, error=error)
 
     def end_attempt(
@@ -398,6 +396,16 @@ class Changes:
         for statement in (_CANCEL_ATTEMPTS, _CANCEL_STEPS, _CANCEL_RUN):
             self.tx.many(statement, [{"run_id": run, "error": message(error), "now": self.tx.now} for run in ids])
         self.flush()
+
+    def check_restarts(self, ticket_id: str) -> None:
+        """Of one that is ready again. Raises the driver's error if it is so often that a trigger must do it."""
+        if self.tx.all(_RESTARTS, id=ticket_id)[0].number >= _MOST_RESTARTS:
+            raise self.tx.dialect.driver_error(f"the ticket was made ready {_MOST_RESTARTS} times in a short time")
+
+    def end_former(self, ticket_id: str, run_id: str) -> None:
+        """The run of a ticket that another program made ready again while it ran."""
+        self.check_restarts(ticket_id)
+        self.cancel_runs([run_id], error="the ticket was made ready again")
 
     def whole_runs(self, rows: Sequence[Row]) -> list[str]:
         """The runs of these rows, and the tickets' own runs that they are nested in, if they are: another program may

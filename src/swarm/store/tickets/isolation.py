@@ -107,6 +107,9 @@ class Isolation:
         if id is None or row is None or row.state in _ENDED:
             raise fault  # there is no ticket to fail: skip it
         fail_ticket(Changes(tx), id, row.state, fault.why)
+        after = tx.first(_STATE, id=id)
+        if after is not None and after.state != TicketState.FAILED:
+            raise fault  # a trigger undid it
         self._say(culprit, fault.why, "a ticket failed, since its rows can't be changed")
 
     def skip(self, fault: RowFault) -> None:
