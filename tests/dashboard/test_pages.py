@@ -416,3 +416,26 @@ def test_numbers_are_short() -> None:
     ]
     assert text.stamp("nonsense") == text.age(None) == ""
     assert urlsplit(text.stamp("2026-01-31T12:00:00.000Z")).path == "2026-01-31 12:00:00 UTC"
+
+
+@pytest.mark.parametrize("value", ["CAST(X'61FF62' AS TEXT)", "9e999", "X'FFFE'", "'0001-01-01T00:00:00+14:00'"])
+async def test_pages_and_lists_show_any_value_of_another_program(served: Served, value: str) -> None:
+    await scene.fill(served)
+    text = "schedule: [{cron: '5 5 5 5 *'}]\nsteps: [{id: one, agent: echo}]"
+    await register(served.store, text, name="by-time")
+    columns = {
+        "agents": ("id", "name"), "workflows": ("id", "version"), "workers": ("host",), "hosts": ("name",),
+        "schedules": ("workflow_id", "missed_count", "next_at"), "attempts": ("number", "vm_id", "cost_usd"),
+        "workflow_runs": ("total_vm_time_ms", "total_cost_usd"),
+        "step_executions": ("duration_ms", "vm_id", "agent_id"), "tickets": ("created_at", "started_at", "updated_at"),
+    }  # fmt: skip
+    with contextlib.closing(
+        sqlite3.connect(served.settings.data_dir / "swarm.db", isolation_level=None, timeout=60)
+    ) as database:
+        for table, names in columns.items():
+            for name in names:
+                only = f"(SELECT max(rowid) FROM {table})"
+                database.execute(f"UPDATE OR IGNORE {table} SET {name} = {value} WHERE rowid = {only}")
+    lists = ("agents", "workflows", "schedules", "hosts", "tickets", "tickets/run-1")
+    for path in ("/", "/tickets/run-1/graph", *(f"/{one}" for one in lists), *(f"/v1/{one}" for one in lists)):
+        assert (await served.viewer.get(path)).status_code == 200, path

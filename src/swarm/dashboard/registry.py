@@ -259,7 +259,7 @@ def _timetable(rows: Sequence[ScheduleRow]) -> list[tuple[ScheduleRow, list[str]
                 for _ in range(_NEXT_TIMES - 1):
                     at = cron.after(at)
                     times.append(at.isoformat())
-            except (ValueError, schedule.ZoneMissing):
+            except (ValueError, OverflowError, schedule.ZoneMissing):
                 pass
         found.append((row, [one for one in times if one]))
     return found

@@ -64,7 +64,9 @@ def environment() -> jinja2.Environment:
     )
     made.filters["visible"] = visible
     made.filters["slug"] = slug
-    made.filters["urlencode"] = lambda name: quote(str(name), safe="")  # a part of an address: Jinja's keeps slashes
+    made.filters["urlencode"] = lambda name: quote(
+        str(name), safe="", errors="replace"
+    )  # a part of an address: Jinja's keeps slashes
     for name in ("age", "duration", "money", "quoted", "size", "stamp", "words"):
         made.filters[name] = getattr(text, name)
     made.filters["told"] = told
@@ -79,7 +81,7 @@ def environment() -> jinja2.Environment:
 def html(template: str, *, actor: Actor | None, status: int = 200, **values: Any) -> HTMLResponse:
     """A page from a template, for whoever is logged in (None: nobody)."""
     made = environment().get_template(template).render(actor=actor, waiting_tickets=_waiting.get(), **values)
-    return HTMLResponse(made, status_code=status, headers={"cache-control": "no-store"})
+    return HTMLResponse(made.encode(errors="replace"), status_code=status, headers={"cache-control": "no-store"})
 
 
 def error_page(status: int, detail: str, *, headers: Mapping[str, str] | None = None) -> HTMLResponse:

@@ -12,19 +12,19 @@ _UNITS = ((86_400, "d"), (3600, "h"), (60, "min"))
 
 
 def moment(text: object) -> datetime | None:
-    """Of ISO-8601 text; None for anything else: other programs write rows too."""
+    """Of ISO-8601 text, in UTC; None for anything else: other programs write rows too."""
     try:
         found = datetime.fromisoformat(text) if isinstance(text, str) else None
-    except ValueError:
+        if found is None:
+            return None
+        return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
         return None
-    if found is None:
-        return None
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
 def stamp(text: object) -> str:
     found = moment(text)
-    return found.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC") if found is not None else ""
+    return found.strftime("%Y-%m-%d %H:%M:%S UTC") if found is not None else ""
 
 
 def duration(ms: float | None) -> str:

@@ -190,8 +190,8 @@ def host(tx: Tx, ref: str) -> HostRow:
 def _host(tx: Tx, row: Row) -> HostRow:
     seen, until = row.seen_at, row.drain_until
     return HostRow(
-        id=row.id,
-        name=row.name,
+        id=lenient(row.id) or "",
+        name=lenient(row.name) or "",
         labels=_object(row.labels),
         capacity=_object(row.capacity),
         versions=_object(row.versions),
@@ -212,7 +212,7 @@ def _object(text: object) -> dict[str, Any]:
 def _find(tx: Tx, ref: str) -> Row:
     rows = tx.all(_ALL)  # a few
     found = [row for row in rows if ref in (row.name, row.id)] or [
-        row for row in rows if row.id.startswith(ref) and ref
+        row for row in rows if str(row.id).startswith(ref) and ref
     ]
     if len(found) > 1:
         raise Conflict(f"the ids of {len(found)} hosts begin with {shown(ref)}: say more of it, or the host's name")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+from dataclasses import fields
+from typing import get_type_hints
 
 import pytest
 
@@ -13,7 +15,9 @@ from swarm.model import Role, Sandbox, Succeeded, Ticket
 from swarm.store.claims import maintenance
 from swarm.store.registry import schedules
 from swarm.store.registry.notices import NoticeKind
+from swarm.store.registry.schedules import ScheduleRow
 from swarm.store.registry.tokens import Actor
+from swarm.store.sql.rows import AttemptRow, RunRow, StepRow
 from swarm.store.store import Store
 from tests.store.databases import ECHO, LEASE, RETRY, Outside, claim_one, claimed, insert
 from tests.store.flows import register
@@ -428,3 +432,23 @@ async def test_what_only_a_trigger_changed_is_found(
     assert (await store.ticket("bad")).state == "failed"
     report = await store.audit(lambda facts: judge(facts, engine_alive=True))
     assert report.kept, report.violations
+
+
+NUMBERS = {"workflow_runs": RunRow, "step_executions": StepRow, "attempts": AttemptRow, "schedules": ScheduleRow}
+
+
+@pytest.mark.sqlite
+@pytest.mark.parametrize("value", ["x", DEEP, b"\xff\xfe", float("inf"), 1 << 62, -1.5])
+async def test_what_is_shown_has_the_type_that_is_told(store: Store, outside: Outside, value: object) -> None:
+    await register(store, "schedule: [{cron: '5 5 5 5 *'}]\nsteps: [{id: one, agent: echo}]")
+    insert(outside, "t")
+    await finish(store, (await claim_one(store)).attempt_id)
+    for table, kind in NUMBERS.items():
+        for name in {one.name for one in fields(kind)} & set(outside.columns(table)):
+            if not name.endswith("id") and name not in ("number", "workflow"):
+                outside.execute(f"UPDATE {table} SET {name} = ?", (value,))
+    shown = [*await store.runs("t"), *await store.steps("t"), *await store.attempts("t"), *await store.schedules()]
+    assert {type(row) for row in shown} == set(NUMBERS.values())
+    for row in shown:
+        for name, told in get_type_hints(type(row)).items():
+            assert isinstance(getattr(row, name), dict if name == "timings" else told), (row, name)

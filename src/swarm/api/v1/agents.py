@@ -53,7 +53,7 @@ class Check:
 
 
 async def list_agents(call: Call) -> list[Agent]:
-    return await call.store.agents()
+    return await call.store.agents(broken=False)
 
 
 async def add_agent(call: Call) -> Agent:

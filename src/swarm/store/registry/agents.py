@@ -37,6 +37,7 @@ from swarm.store.sql.rows import dump, lenient
 from swarm.store.sql.transaction import Row, Tx
 from swarm.store.sql.unique import unique
 from swarm.store.tickets import events, places
+from swarm.store.tickets.validation import shown
 
 AGENT_FIELDS: Final = tuple(field.name for field in fields(Agent))
 _COLUMNS: Final = ", ".join(AGENT_FIELDS)
@@ -194,7 +195,9 @@ def parse(row: Row) -> Agent:
         }
         return Agent(**values)
     except (ValueError, TypeError) as error:
-        raise StoreError(f"the agent {row.name!r} ({row.id}) has a broken row: {error}; register it again") from None
+        raise StoreError(
+            f"the agent {shown(row.name)} ({str(row.id)[:80]}) has a broken row: {error}; register it again"
+        ) from None
 
 
 def _check_texts(values: dict[str, Any]) -> None:

@@ -7,9 +7,10 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from swarm.base import jsontext
@@ -147,10 +148,27 @@ _SHOWN_BYTES: Final = {
 TICKET_COLUMNS: Final = texts("t", TICKET_FIELDS, _SHOWN_BYTES, told=True)
 
 
+# By the field's type: SQLite keeps any value in any column.
+_READERS: Final[Mapping[Any, Callable[[object], Any]]] = {
+    "str": lambda value: lenient(value) or "",
+    "str | None": lambda value: lenient(value),
+    "int": lambda value: whole(value) or 0,
+    "int | None": lambda value: whole(value),
+    "float": lambda value: real(value) or 0.0,
+    "float | None": lambda value: real(value),
+}
+
+
+@cache
+def _readers(kind: type[DataclassInstance]) -> Mapping[str, Callable[[object], Any]]:
+    return {field.name: _READERS.get(field.type, lambda value: value) for field in fields(kind)}
+
+
 def value(kind: type[Value], row: Any, **computed: Any) -> Value:
-    """A dataclass from the columns of the same names, but for the ``computed`` fields."""
-    names = [field.name for field in fields(kind) if field.name not in computed]
-    return kind(**{name: getattr(row, name) for name in names}, **computed)
+    """A dataclass from the columns of the same names, but for the ``computed`` fields; for display, never for
+    decisions."""
+    read = {name: reader(getattr(row, name)) for name, reader in _readers(kind).items() if name not in computed}
+    return kind(**read, **computed)
 
 
 def columns(kind: type[DataclassInstance], alias: str, *computed: str) -> str:
