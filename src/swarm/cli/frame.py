@@ -23,6 +23,7 @@ import contextlib
 import difflib
 import errno
 import functools
+import gc
 import inspect
 import os
 import re
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
     from swarm.store.store import Store
 
 _PANEL = "Common options"
+# New ones, until Python looks for garbage; its own number is 700. The imports of a command make many objects and hardly
+# any garbage, so that to look for some took 7 % of a short command's time.
+_OBJECTS = 50_000
 
 _Home = Annotated[
     Path | None,
@@ -318,6 +322,7 @@ def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
 def start(app: typer.Typer, name: str) -> None:
     """Run a program: the body of every entry point."""
     _usable_streams()
+    gc.set_threshold(_OBJECTS)
     try:
         if sys.argv[1:] == ["--version"]:  # here, since Typer has no place for it in a program that is a single command
             from importlib.metadata import version
