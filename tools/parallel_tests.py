@@ -36,6 +36,7 @@ LONG = [
     "cluster",
     "containers",
     "host_network",
+    "host_states",
     "image_examples",
     "images",
     "sharing",
