@@ -452,3 +452,29 @@ async def test_what_is_shown_has_the_type_that_is_told(store: Store, outside: Ou
     for row in shown:
         for name, told in get_type_hints(type(row)).items():
             assert isinstance(getattr(row, name), dict if name == "timings" else told), (row, name)
+
+
+# A table whose rows another program lets nobody write or delete, and what makes Swarm want to.
+DUTIES = {
+    "what is waited for": ("INSERT ON unmet", "SELECT 1"),
+    "what is not": ("DELETE ON unmet", "INSERT INTO unmet VALUES ('x', 1)"),
+    "an attempt": ("DELETE ON attempts", "DELETE FROM step_executions"),
+    "a step": ("DELETE ON step_executions", "DELETE FROM workflow_runs"),
+}
+
+
+@pytest.mark.parametrize("duty", DUTIES)
+async def test_a_duty_that_is_refused_stops_no_claim(store: Store, outside: Outside, duty: str) -> None:
+    what, sql = DUTIES[duty]
+    insert(outside, "bad", requires='{"zone":"a"}' if duty == "what is waited for" else None)
+    if duty != "what is waited for":
+        await claim_one(store)
+    outside.execute(sql)
+    if "step" in duty:
+        outside.execute("UPDATE step_executions SET status = 'ready'")
+    outside.execute(f"CREATE TRIGGER no BEFORE {what} BEGIN SELECT RAISE(ABORT, 'for ever'); END")
+    for _ in range(3):
+        await claimed(store)
+        await store.shift_clock(round(LEASE * 1000) + 1)
+    await other_runs(store, outside)
+    assert duty != "what is waited for" or list(store.isolation.skipped) == ["duty 'unmet'"]

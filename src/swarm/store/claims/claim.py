@@ -25,7 +25,7 @@ from swarm.store.sql.dialect import Sql
 from swarm.store.sql.reads import Read
 from swarm.store.sql.rows import READ_BYTES, flag, ids_in_order, iso, milliseconds
 from swarm.store.sql.transaction import Row, Tx, chars, one_row
-from swarm.store.tickets import dependencies, elsewhere, places, validation
+from swarm.store.tickets import dependencies, elsewhere, validation
 from swarm.store.tickets.changes import INSERT_ATTEMPT, Changes
 from swarm.store.tickets.places import Places
 from swarm.store.tickets.room import Room
@@ -125,7 +125,7 @@ class _ClaimTransaction:
             self.result.undecided += self.claimer.workflows.process_due(self.changes)
         self._advance()
         if probed.marked:
-            places.read(self.tx, self.places)
+            elsewhere.read(self.changes, self.places)
         if probed.unknown_states:
             for row in self.changes.each(self.tx.all(UNKNOWN_STATES, limit=AT_ONCE), lambda row: row.id):
                 fail_row(self.changes, row, validation.unknown_state(row.state))
@@ -133,7 +133,7 @@ class _ClaimTransaction:
         dependencies.release(self.changes)
         if self.places.marked:
             self.changes.flush()
-            places.read(self.tx, self.places)  # from now on a host is waited for
+            elsewhere.read(self.changes, self.places)  # from now on a host is waited for
         return self.result
 
     def _expected(self) -> Iterator[Read]:

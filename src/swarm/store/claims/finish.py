@@ -331,7 +331,9 @@ def sweep(changes: Changes, upkeep: Maintenance, held: Collection[str], lease_se
     if changes.pending_runs:
         changes.tx.exact()
     _cancel_orphans(changes, upkeep, [row for row in rows if not owns(row)])
-    changes.tx.many(_DELETE, [{"id": row.id} for row in rows if row.run_id is None])  # even its step was deleted
+    for row in changes.each([row for row in rows if row.run_id is None], lambda row: Culprit("duty", row.id)):
+        changes.add(_DELETE, id=row.id)  # even its step was deleted
+    changes.flush()
 
 
 def _cancel_orphans(changes: Changes, upkeep: Maintenance, rows: Sequence[Row]) -> None:

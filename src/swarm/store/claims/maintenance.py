@@ -13,7 +13,7 @@ from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import lenient
 from swarm.store.sql.transaction import Row
 from swarm.store.tickets import dependencies, validation
-from swarm.store.tickets.changes import HAS_OTHERS, MENDED, Changes
+from swarm.store.tickets.changes import HAS_OTHERS, MENDED, Changes, Culprit
 from swarm.store.tickets.isolation import fail_ticket
 
 ALWAYS_SECONDS: Final = 20.0  # another program's trigger changes rows without a commit of its own
@@ -152,8 +152,9 @@ class Maintenance:
             )
             fail_ticket(changes, row.ticket_id, row.state, error)
         _fail_what_nothing_continues(changes)
-        if gone := {row.run_id for row in changes.tx.all(WITHOUT_RUN, limit=AT_ONCE)}:
-            changes.delete_runs(gone)
+        gone = {row.run_id for row in changes.tx.all(WITHOUT_RUN, limit=AT_ONCE)}
+        for run_id in changes.each(gone, lambda run_id: Culprit("run", run_id)):
+            changes.delete_runs([run_id])
         disowned = [row.id for row in changes.tx.all(DISOWNED, limit=AT_ONCE)]
         for runs in [[one] for one in disowned] if changes.isolating else [disowned] if disowned else []:
             for _ in changes.each([runs], lambda runs: changes.owner(runs[0])):

@@ -8,6 +8,7 @@ from typing import Any, Final
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.transaction import Tx, one_row
 from swarm.store.tickets import places, validation
+from swarm.store.tickets.changes import Changes, Culprit
 from swarm.store.tickets.places import Places
 from swarm.store.tickets.validation import BadRow
 
@@ -50,3 +51,9 @@ def mark(tx: Tx, requires: dict[str, Any], memory_mb: int, host: Places) -> str 
     if (lacks := places.mark(requires)) in host.given_up:
         raise validation.no_host(places.words(lacks), host.patience_seconds)
     return lacks
+
+
+def read(changes: Changes, found: Places) -> None:
+    """`places.read`. Who refuses what it writes stops no claim: only what has a mark waits."""
+    for _ in changes.each([Culprit("duty", "unmet")], lambda duty: duty):
+        places.read(changes.tx, found)
