@@ -127,3 +127,15 @@ async def test_every_answer_tells_browsers_to_trust_nothing(served: Served) -> N
         assert policy["default-src"] == "'none'" and policy["frame-ancestors"] == "'none'"
         assert policy["script-src"] == policy["style-src"] == "'self'"
         assert headers["cross-origin-resource-policy"] == "same-origin" and "server" not in headers
+
+
+@pytest.mark.parametrize("path", ["/v1/tickets", "/hooks/w", "/login", "/nowhere"])
+async def test_what_two_servers_may_read_in_two_ways_ends_its_connection(served: Served, path: str) -> None:
+    """Behind a proxy that goes by the length, the second request would be the beginning of somebody else's."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", served.viewer.base_url.port)
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nContent-Length: 50\r\n\r\n"
+    writer.write(head.encode() + b"0\r\n\r\nGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    answer = await asyncio.wait_for(reader.read(), 60)
+    writer.close()
+    await writer.wait_closed()
+    assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1 ") == 1, answer

@@ -16,6 +16,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from swarm.api import metrics, openapi, sockets
+from swarm.api.body import CLOSE
 from swarm.api.endpoint import JSON, Context, Endpoint, encode, guarded, route
 from swarm.api.problem import problem
 from swarm.api.v1 import (
@@ -62,6 +63,9 @@ _HEADERS: Final[Mapping[str, str]] = {
     "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; font-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
 }
+
+
+_BOTH: Final = frozenset({b"content-length", b"transfer-encoding"})
 
 
 @cache
@@ -122,6 +126,10 @@ def _with_headers(app: ASGIApp) -> ASGIApp:
                 message = {**message, "headers": [*message.get("headers", ()), *added]}
             await send(message)
 
+        if {name for name, _ in scope.get("headers", ())} >= _BOTH:  # RFC 9112, 6.1
+            why = "content-length beside transfer-encoding: a proxy may have read the one, and this server the other"
+            await problem(400, why, headers=CLOSE)(scope, receive, answer)
+            return
         await app(scope, receive, answer)
 
     return serve
