@@ -108,11 +108,13 @@ async def test_a_service_that_falls_silent_may_have_worked(harness: Harness) -> 
     [
         '"max_tokens": 100000, "max_tokens": 1', '"model": "claude-opus-5", "max_tokens": 1', '"max_tokens": "100000"',
         '"max_tokens": 1.5', '"max_tokens": true', '"max_tokens": [1]', '"max_tokens": 1' + "0" * 400,
-        '"max_tokens": 1e300', '"max_tokens": 9223372036854775807',
+        '"max_tokens": 1e300', '"max_tokens": 9223372036854775807', '"max_tokens": 1, "MAX_TOKENS": 100000',
+        '"Stream": true', '"Model": "claude-opus-5"', r'"max_tokens": 1, "max_to\u212aens": 100000',
+        '"max_tokens": 1, "tool\u017f": []',
     ],
 )  # fmt: skip
 async def test_what_the_service_might_read_in_another_way(harness: Harness, twist: str) -> None:
-    """A duplicate name, or a limit that is not a plain number, is refused."""
+    """A duplicate name, one that only some parsers tell from another, or a limit that is no plain number is refused."""
     async with harness.listener(await harness.claim(budget_usd=0.01)) as listener:
         status, said = await post(listener, f'{{"model": "claude-haiku-4-5", "messages": [], {twist}}}'.encode())
     assert status == 400, said

@@ -32,6 +32,7 @@ _KNOWN_TOOL_TOKENS: Final = 5000
 _USES: Final = 10  # of tools whose number the request doesn't limit: after so many the service ends the turn
 _MOST: Final = 10**11  # tokens of one call: what the books take
 _SHOWN: Final = re.compile(r"[A-Za-z0-9_.-]{1,40}=[A-Za-z0-9_.-]{1,60}")
+_READ: Final = ("model", "stream", "messages", "input", "tools", "thinking", "mcp_servers", "context_management")
 _MAX_SURCHARGES: Final = 3  # all their orders are looked up
 
 
@@ -170,6 +171,12 @@ def _merged(given: Any, ours: Any) -> Any:
 
 def _refusal(given: Mapping[str, Any], upstream: Upstream) -> str:
     """Why this request can't be counted; '' if it can."""
+    paths = (*_READ, *upstream.fields, *upstream.output_limit, *upstream.answers, *upstream.stored_prompts)
+    known = {path.partition(".")[0].partition("=")[0] for path in (*paths, *upstream.refused)}
+    spelled = {name.casefold(): name for name in known}
+    for name in given:
+        if spelled.get(name.casefold(), name) != name:  # as Go's parser does, which takes the last of both
+            return f"{name[:50]} is not allowed: some services read it as {spelled[name.casefold()]}"
     for path in upstream.refused:
         if dig(given, path):
             return f"{path} is not allowed: what the service then reads or bills, the gateway does not see"
