@@ -223,6 +223,13 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+def named(error: BaseException) -> str:
+    """What an error of the operating system says of a file, which something else may stand in place of; '' if none."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return ""
+
+
 def has_no_room(place: Path) -> bool:
     """Is its disk so full that hardly a small file fits?"""
     try:

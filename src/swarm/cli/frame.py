@@ -211,7 +211,7 @@ def _reader_gone() -> int:
 
 def _explain(error: BaseException, out: Out, debug: bool) -> int:
     """Print in one line what ended the command. Returns the exit status."""
-    from swarm.base.files import is_full
+    from swarm.base.files import is_full, named
     from swarm.errors import SwarmError, no_more_threads
 
     match error:
@@ -232,8 +232,8 @@ def _explain(error: BaseException, out: Out, debug: bool) -> int:
         case OSError() if is_full(error):
             out.error(f"no space left on a disk, or a quota is used up: {error.filename or 'see `df`'}")
             return 1
-        case OSError() if error.filename and error.strerror:
-            out.error(f"{os.fsdecode(error.filename)}: {error.strerror}" + ("" if debug else " (--debug shows where)"))
+        case OSError() if said := named(error):
+            out.error(said + ("" if debug else " (--debug shows where)"))
             return 1
         case RuntimeError() if str(error).startswith("Symlink loop"):  # of `Path.resolve`
             out.error(str(error))

@@ -169,7 +169,7 @@ class Engine:
             _raise_if_exhausted(error)
             _raise_if_full(error, claim, timeline, self._launcher.state_dir)
             # A bug in Swarm must not leave a ticket without an end, nor stop an engine that other tickets need.
-            message = f"unexpected {type(error).__name__}: {error}"
+            message = files.named(error) or f"unexpected {type(error).__name__}: {error}"
             log.error(message, ticket=claim.ticket.id)
             log.debug("where", exc_info=True)
             return Failed(reason=FailureReason.HOST_ERROR, message=message, retryable=True)

@@ -210,7 +210,8 @@ class Templates:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise HostError(f"can't look into {self.dir}: {error.strerror} (only root may read templates)") from error
+            rights = " (only root may read templates)" if isinstance(error, PermissionError) else ""
+            raise HostError(f"can't look into {self.dir}: {error.strerror}{rights}") from error
         return sorted(match[1] for name in names if (match := pattern.fullmatch(name)))
 
     def _used_at(self, key: str) -> float:
