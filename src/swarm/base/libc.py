@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import os
 
@@ -57,4 +58,6 @@ def check(result: int, call: str) -> None:
     """Raise OSError, with ``call`` in its text, if a call of the library failed."""
     if result != 0:
         code = ctypes.get_errno()
-        raise OSError(code, f"{call}: {os.strerror(code)}")
+        # Not of a disk.
+        limit = "a limit of the kernel is used up (sysctl user.max_*_namespaces, fs.mount-max)"
+        raise OSError(code, f"{call}: {limit if code == errno.ENOSPC else os.strerror(code)}")
