@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import get_type_hints
 
 import pytest
 
 from swarm.admin.prove import judge
 from swarm.errors import ChangeRefused, LeaseLost, StoreError
+from swarm.ledger import Granted, Limit, Order, Spend
 from swarm.model import Role, Sandbox, Succeeded, Ticket
 from swarm.store.claims import maintenance
 from swarm.store.registry import schedules
@@ -19,7 +20,7 @@ from swarm.store.registry.schedules import ScheduleRow
 from swarm.store.registry.tokens import Actor
 from swarm.store.sql.rows import AttemptRow, RunRow, StepRow
 from swarm.store.store import Store
-from tests.store.databases import ECHO, LEASE, RETRY, Outside, claim_one, claimed, insert
+from tests.store.databases import ECHO, LEASE, RETRY, Outside, account_of, claim_one, claimed, insert
 from tests.store.flows import register
 
 pytestmark = pytest.mark.slow  # tries very many cases
@@ -478,3 +479,21 @@ async def test_a_duty_that_is_refused_stops_no_claim(store: Store, outside: Outs
         await store.shift_clock(round(LEASE * 1000) + 1)
     await other_runs(store, outside)
     assert duty != "what is waited for" or list(store.isolation.skipped) == ["duty 'unmet'"]
+
+
+@pytest.mark.parametrize("value", [2**63 - 1, -(2**63), float("inf"), float("-inf"), "x"])
+async def test_amounts_that_are_none_spend_nobodys_budget(store: Store, outside: Outside, value: object) -> None:
+    """They are not counted: two of the largest are more than SQLite can add."""
+    insert(outside, "t")
+    account, most = account_of(await claim_one(store)), Spend(tokens=60, usd=1.0)
+    for id in ("a", "b"):
+        order = Order(
+            id=id, account=account, upstream="u", model="m", most=most, least=most, day=Limit(usd=3, tokens=180)
+        )
+        assert isinstance(await store.reserve(order), Granted)
+    for column in ("tokens", "reserved_tokens", "input_tokens", "cost_usd", "reserved_usd"):
+        outside.accepts(f"UPDATE model_calls SET {column} = ?, status = 200", (value,))
+    assert isinstance(await store.reserve(replace(order, id="c")), Granted)
+    assert [one.cost_usd for one in await store.costs("agent")] == [0]
+    await store.recent_costs(since="", most=10)
+    await store.estimates("t")
