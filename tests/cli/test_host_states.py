@@ -197,6 +197,9 @@ ODD = {
     ),
     "the home is no text": ('export SWARM_HOME="$(printf "x\\377")"', "swarm ticket list", 2, "home is .* not UTF"),
     "the state is no text": ('export SWARM_STATE_DIR="$(printf "x\\377")"', "swarm ticket list", 2, "is .* not UTF"),
+    "an agent's manifest is a pipe": (
+        'mkdir "$D/a"; mkfifo "$D/a/agent.yaml"; cd "$D"', "swarm agent add a", 2, "agent.yaml is not a file",
+    ),
     "a link to itself": ('mkdir "$D/a"; ln -s b "$D/a/b"; cd "$D"', "swarm agent add a/b", 2, "a/b"),
 }  # fmt: skip
 

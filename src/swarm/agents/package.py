@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, Literal
 import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
+from swarm.base import files
 from swarm.base import manifest as yaml_manifest
 from swarm.errors import UsageError
 from swarm.fields import (
@@ -227,10 +228,10 @@ def read_package(directory: Path) -> Package:
     """Raises UsageError that names the file and every bad field, with its line."""
     file = directory / MANIFEST
     try:
-        text = file.read_bytes()
+        text = files.read_own(file)
     except FileNotFoundError:
         raise UsageError(f"{directory} is not an agent: it has no {MANIFEST}") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"{file} can't be read: {error}") from error
     document = yaml_manifest.load(text, name=f"{file} can't be read")
     if not isinstance(document.value, dict):

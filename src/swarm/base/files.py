@@ -47,8 +47,8 @@ def write_atomically(path: Path, data: bytes | str, *, mode: int = 0o644, flush:
 
 
 def read_own(path: Path) -> bytes:
-    """A small file that Swarm wrote. Raises OSError, and ValueError for what is no file: nothing waits for a pipe that
-    stands in its place."""
+    """A small file of a fixed name, such as Swarm's own. Raises OSError, and ValueError for what is no file: nothing
+    waits for a pipe that stands in its place."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
