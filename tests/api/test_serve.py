@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -113,6 +114,28 @@ async def test_where_it_is(settings: Settings) -> None:
         assert status == 0 and f"server {process.pid} stopped" in said
         assert await process.wait() == 0
     assert not address.file(settings).exists() and not settings.api_socket.exists()
+
+
+async def test_a_server_without_descriptors_says_so_and_goes_on(settings: Settings) -> None:
+    async with server(settings) as (url, process):
+        assert process.stderr is not None
+        async with httpx.AsyncClient(timeout=60) as client:  # it has begun
+            assert (await client.get(f"{url}/healthz")).status_code == 200
+            assert b"server serves" in await process.stderr.readline()
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, 4096))
+        waiting = [socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) for _ in range(3)]
+        said = b""
+        while b"no connection can be accepted" not in (line := await process.stderr.readline()):
+            assert line, said
+            said += line
+        assert b"Too many open files" in line
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (4096, 4096))
+        async with httpx.AsyncClient(timeout=60) as client:
+            assert (await client.get(f"{url}/healthz")).status_code == 200
+        for each in waiting:
+            each.close()
+        process.terminate()
+        assert b"no connection" not in await process.stderr.read(), "it is said once a minute"
 
 
 async def test_links_lead_to_the_public_url(settings: Settings) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +20,10 @@ from uvicorn.protocols.websockets.wsproto_impl import WSProtocol
 from swarm.api.problem import RETRY_SECONDS, problem
 from swarm.base import unix_socket
 from swarm.base.aio import cancel_all, finish_uninterrupted
+from swarm.base.log import logger
 from swarm.errors import HostError, UsageError
+
+log = logger(__name__)
 
 # How long running requests may take when the server stops.
 GRACE_SECONDS: Final = 10
@@ -30,6 +34,8 @@ PING_SECONDS: Final = 20.0  # between two that a WebSocket's client has to answe
 _TAKE_OVER_SECONDS: Final = 2.0
 _MAX_WITHOUT_HEAD: Final = 128  # connections that have not sent one, or no other; the oldest makes room
 _MAX_CONNECTIONS: Final = 256  # the app limits the requests
+_EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_TELL_AGAIN_SECONDS: Final = 60.0
 MAX_MESSAGE_BYTES: Final = 1 << 20  # of a WebSocket
 
 
@@ -211,16 +217,36 @@ async def serving_on(
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
     server = _Server(config)
+    loop = asyncio.get_running_loop()
+    before = loop.get_exception_handler()
+    loop.set_exception_handler(_tell_when_exhausted())
     task = asyncio.create_task(server.serve(sockets=[bound]))
     try:
         yield task
     finally:
+        loop.set_exception_handler(before)
         server.should_exit = True
         timer = asyncio.get_running_loop().call_later(_UNREAD_SECONDS, _drop_unread, server)
         try:
             await finish_uninterrupted(_ended(task))
         finally:
             timer.cancel()
+
+
+def _tell_when_exhausted() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], object]:
+    """asyncio accepts nothing for a second when it lacks descriptors, and says so to a log that goes nowhere."""
+    told: float | None = None
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal told
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in _EXHAUSTED:
+            loop.default_exception_handler(context)
+        elif told is None or loop.time() - told > _TELL_AGAIN_SECONDS:
+            told = loop.time()
+            log.warning("no connection can be accepted", error=error.strerror, limits="ulimit -n, LimitNOFILE")
+
+    return handle
 
 
 def _drop_unread(server: uvicorn.Server) -> None:
