@@ -117,6 +117,24 @@ async def test_environment_is_scrubbed(tmp_path: Path) -> None:
     assert b"SECRET" not in done.stdout
 
 
+async def test_what_is_to_outlive_us_does(tmp_path: Path) -> None:
+    """Also what nobody refers to when the event loop ends: asyncio would kill that, from Python 3.12 on."""
+    script = f"""
+import asyncio, gc, pathlib
+from swarm.base import process
+async def main():
+    child = await process.spawn(["sleep", "60"], output=pathlib.Path({str(tmp_path / "out")!r}), die_with_parent=False)
+    return child.pid
+print(asyncio.run(main()))
+gc.collect()
+"""
+    done = await process.run([sys.executable, "-c", script])
+    child = int(done.stdout.split()[-1])
+    started = process.start_time(child)
+    assert started is not None
+    await process.kill_stranger(child, started)
+
+
 async def test_spawned_dies_with_its_parent(tmp_path: Path) -> None:
     """A parent killed by SIGKILL takes what it spawned along."""
     script = f"""

@@ -60,7 +60,7 @@ class Host:
     def __init__(self, number: int, place: Path) -> None:
         self.number, self.place, self.name = number, place, f"h{number}"
         self.cut_off = ""
-        self._machine: asyncio.subprocess.Process | None = None
+        self._machine: process.Child | None = None
         (place / "etc").mkdir(parents=True)
         (place / "etc" / "machine-id").write_text(f"{uuid.uuid4().hex}\n")
         (place / "work").mkdir()
@@ -74,10 +74,9 @@ class Host:
 
     async def boot(self) -> None:
         (self.place / "boot").write_text(f"{uuid.uuid4()}\n")
-        self._machine = await process.spawn(
-            ["unshare", "--net", "--mount", "--uts", "sleep", "infinity"], output=self.place / "machine.log"
-        )
-        pid, link, self.cut_off = self._machine.pid, f"v{self.name}", ""
+        argv = ["unshare", "--net", "--mount", "--uts", "sleep", "infinity"]
+        self._machine = machine = await process.spawn(argv, output=self.place / "machine.log")
+        pid, link, self.cut_off = machine.pid, f"v{self.name}", ""
         async with asyncio.timeout(PATIENCE_SECONDS):
             while await asyncio.to_thread(_spaces, pid) == _spaces(os.getpid()):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)

@@ -34,7 +34,7 @@ class Cluster:
     """Ray's nodes: the first is its head, in the namespace of the tests."""
 
     place: Path
-    nodes: dict[int, asyncio.subprocess.Process] = field(default_factory=dict)
+    nodes: dict[int, process.Child] = field(default_factory=dict)
     token: str = field(default_factory=lambda: secrets.token_hex(32))
 
     def env(self, number: int) -> dict[str, str]:

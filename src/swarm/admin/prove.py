@@ -98,9 +98,8 @@ class _History:
     steps: dict[str, str] = field(default_factory=dict)  # step → the attempt that runs it
     completed: set[str] = field(default_factory=set)  # steps, since the last start of the ticket
     ended: dict[str, str] = field(default_factory=dict)  # attempt → the step's status that it left
-    overlaps: list[tuple[str, str]] = field(
-        default_factory=list
-    )  # an attempt that ran, or ended twice, and what it did
+    # an attempt that ran or ended twice, and what it did
+    overlaps: list[tuple[str, str]] = field(default_factory=list)
     deleted: bool = False
 
 

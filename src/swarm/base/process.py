@@ -14,10 +14,11 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from swarm.base import files
 from swarm.base.log import logger
@@ -143,7 +144,7 @@ async def spawn(
     pass_fds: Sequence[int] = (),
     die_with_parent: bool = True,
     deaf: bool = False,
-) -> asyncio.subprocess.Process:
+) -> Spawned:
     """Start a program in a session of its own, and return. Its stdout and stderr are appended to ``output``; with
     None they go to our stderr.
 
@@ -158,20 +159,27 @@ async def spawn(
         argv = ["setpriv", "--pdeathsig", "KILL", "--", *argv]
     log.debug("spawn", argv=shlex.join(argv), output=str(output))
     with files.open_to_append(output) if output is not None else contextlib.nullcontext(2) as out:
-        return await _start(
-            argv,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=out if stdout is None else stdout,
-            stderr=out,
-            env=environment(env),
-            cwd=cwd,
-            pass_fds=tuple(pass_fds),
-            start_new_session=True,
-        )
+        given = {"stdout": out if stdout is None else stdout, "stderr": out, "cwd": cwd, "pass_fds": tuple(pass_fds)}
+        return _spawned(argv, env=environment(env), start_new_session=True, **given)
+
+
+def _spawned(argv: Sequence[str], **options: Any) -> Spawned:
+    program = path_of(argv[0])
+    pid = 0
+    try:
+        child = subprocess.Popen([program, *argv[1:]], stdin=subprocess.DEVNULL, umask=_UMASK, **options)
+        child.returncode = 0  # it is waited for by Spawned
+        pid = child.pid
+        return Spawned(pid)
+    except OSError as error:
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        raise HostError(f"can't start {program}: {error}") from error
 
 
 class Child(Protocol):
-    """A process of ours: `asyncio.subprocess.Process`, or a `ThreadsChild`."""
+    """A process of ours: `asyncio.subprocess.Process`, or a `Spawned`."""
 
     @property
     def pid(self) -> int: ...
@@ -180,8 +188,9 @@ class Child(Protocol):
     async def wait(self) -> int: ...
 
 
-class ThreadsChild:
-    """A process that another thread of ours started, for which asyncio is not told. Made in the event loop."""
+class Spawned:
+    """A process of ours that asyncio is not told of: for it, Python 3.11 would start a thread, and later versions would
+    kill it when the event loop ends. Made in the loop."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -197,10 +206,15 @@ class ThreadsChild:
         return self.returncode
 
     def _reap(self) -> None:
+        """The loop calls it until the descriptor is removed, so also again after an error: without memory, say."""
+        if self.returncode is None:
+            try:
+                self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            except ChildProcessError:  # it has been waited for; as asyncio says it
+                self.returncode = 255
+        self._ended.set()
         self._loop.remove_reader(self._fd)
         os.close(self._fd)
-        self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        self._ended.set()
 
 
 async def kill(process: Child, *, grace_seconds: float = 0.0) -> None:

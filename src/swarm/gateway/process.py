@@ -232,7 +232,7 @@ class GatewayProcess:
     async def _run(self) -> str:
         """Run one process to its end; returns why it ended. Raises HostError when it can't be started."""
         self._end, self._lines, self._last_line, self._was_ready = asyncio.Event(), 0, "", False
-        child: asyncio.subprocess.Process | None = None
+        child: process.Child | None = None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._link = link = Link(ours, lambda message, _: self._received(message), self._end.set)
         try:

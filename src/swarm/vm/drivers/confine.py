@@ -55,7 +55,7 @@ from swarm.base.libc import (
     pivot_root,
 )
 from swarm.base.log import logger
-from swarm.base.process import ThreadsChild
+from swarm.base.process import Spawned
 from swarm.errors import HostError
 from swarm.vm import driver
 from swarm.vm.drivers.jailer import JailFile
@@ -99,7 +99,7 @@ async def spawn(
     pass_fds: Sequence[int],
     outlive: bool,
     join: Callable[[int], None] = lambda _: None,
-) -> ThreadsChild:
+) -> Spawned:
     """Start a program in namespaces of its own and in ``root``, with the VM's ``own`` files there.
 
     ``space``: the network namespace; None for an empty one. ``file_bytes``: the size beyond which it can't write a
@@ -142,17 +142,17 @@ async def spawn(
                     pass_fds=tuple(pass_fds),
                     start_new_session=True,
                 )
-                child.returncode = 0  # it is waited for by ThreadsChild
+                child.returncode = 0  # it is waited for by Spawned
                 pids.append(child.pid)
         process.expendable(child.pid, driver.OOM_SCORE)
         join(child.pid)  # it is still being loaded: it has no memory to speak of, and no guest
 
     try:
         await _thread().run(start)
-        return ThreadsChild(pids[0])
+        return Spawned(pids[0])
     except BaseException as error:
         for pid in pids:
-            await process.kill(ThreadsChild(pid))
+            await process.kill(Spawned(pid))
         if isinstance(error, OSError):
             raise HostError(f"can't start {argv[0]} apart from the host: {error}") from error
         raise

@@ -42,7 +42,7 @@ class FirecrackerVm(VmmVm):
     def __init__(
         self,
         *,
-        child: asyncio.subprocess.Process,
+        child: process.Child,
         dir: Path,
         jail: Jail,
         console: Console | None,

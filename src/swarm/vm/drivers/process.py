@@ -48,7 +48,7 @@ class NoImages:
 class ProcessVm:
     """An agentd and its descendants."""
 
-    def __init__(self, *, child: asyncio.subprocess.Process, dir: Path) -> None:
+    def __init__(self, *, child: process.Child, dir: Path) -> None:
         self.pid = child.pid
         self.endpoint = Endpoint(unix=_socket(dir))
         self.console = dir / "console.log"

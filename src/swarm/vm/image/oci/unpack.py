@@ -117,7 +117,7 @@ async def jailed(
     return child.returncode or 0, said_last(log)
 
 
-async def _end(child: asyncio.subprocess.Process) -> None:
+async def _end(child: process.Child) -> None:
     """Kill the first process of the jail: `unshare`, its parent, ends when all others in there have."""
     if child.returncode is None:
         with contextlib.suppress(OSError, HostError):
