@@ -160,7 +160,10 @@ def parse(row: Row) -> Agent:
     values = {name: getattr(row, name) for name in AGENT_FIELDS}
     try:
         for name in _JSON:
-            values[name] = jsontext.loads(values[name])
+            try:
+                values[name] = jsontext.loads(values[name])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
         retry = dict(values["retry"])
         if "on" in retry:
             retry["on"] = frozenset(FailureReason(reason) for reason in retry["on"])
