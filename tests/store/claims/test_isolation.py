@@ -13,7 +13,6 @@ from swarm.admin.prove import judge
 from swarm.errors import ChangeRefused, LeaseLost, StoreError
 from swarm.ledger import Granted, Limit, Order, Spend
 from swarm.model import Role, Sandbox, Succeeded, Ticket
-from swarm.store.claims import maintenance
 from swarm.store.registry import schedules
 from swarm.store.registry.notices import NoticeKind
 from swarm.store.registry.schedules import ScheduleRow
@@ -418,16 +417,14 @@ ONLY_BY_TRIGGER = {
 
 
 @pytest.mark.parametrize("what", ONLY_BY_TRIGGER)
-async def test_what_only_a_trigger_changed_is_found(
-    store: Store, outside: Outside, what: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_only_a_trigger_changed_is_found(store: Store, outside: Outside, what: str) -> None:
     """Nobody else commits."""
     outside.execute(f"CREATE TRIGGER theirs {ONLY_BY_TRIGGER[what]}")
     insert(outside, "bad")
     claim = await claim_one(store)
     with contextlib.suppress(LeaseLost):
         await finish(store, claim.attempt_id)
-    monkeypatch.setattr(maintenance, "ALWAYS_SECONDS", 0.0)
+    store._queue.maintenance.always_seconds = 0.0
     while (await store.ticket("bad")).state == "in_progress":
         await claimed(store)
     assert (await store.ticket("bad")).state == "failed"

@@ -16,7 +16,6 @@ from swarm.store.tickets import dependencies, validation
 from swarm.store.tickets.changes import HAS_OTHERS, MENDED, Changes, Culprit
 from swarm.store.tickets.isolation import fail_ticket
 
-ALWAYS_SECONDS: Final = 20.0  # another program's trigger changes rows without a commit of its own
 AT_ONCE: Final = 100  # rows in one transaction
 
 # Manually set to a state that only Swarm sets: the ticket has no run, so nothing would ever change it.
@@ -105,6 +104,7 @@ class Maintenance:
     """For one process. Its state only paces the work."""
 
     def __init__(self) -> None:
+        self.always_seconds = 20.0  # another program's trigger changes rows without a commit of its own
         self.has_more = True  # a ticket was blocked since the last run (it may close a cycle), or rows were left over
         self._seen = -1  # `written_by_others` at the last run
         self._ended = 0.0
@@ -119,7 +119,7 @@ class Maintenance:
         if required:
             return True
         since = time.monotonic() - self._ended  # paces work; decides nothing
-        if written_by_others == self._seen and not self.has_more and since < ALWAYS_SECONDS:
+        if written_by_others == self._seen and not self.has_more and since < self.always_seconds:
             return False
         if not idle:
             return since >= 1.0
