@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -78,6 +79,16 @@ def test_init_is_idempotent_and_links_the_registry(tmp_path: Path) -> None:
     assert "created" in first.stdout and "up to date" in second.stdout
     with sqlite3.connect(tmp_path / "h/registry/registry.db", timeout=60) as registry:
         assert registry.execute("SELECT name FROM agents WHERE id = ?", (ECHO_AGENT_ID,)).fetchall() == [("echo",)]
+
+
+def test_an_agent_whose_row_another_program_broke_hides_no_other(tmp_path: Path) -> None:
+    run("swarm", "init", "--no-image", home=tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "data/swarm.db", timeout=60)) as theirs, theirs:
+        theirs.execute("UPDATE agents SET retry = 'x' WHERE name = 'shell'")
+    for more, names in (([], lambda text: text), (["--json"], lambda text: [one["name"] for one in json.loads(text)])):
+        done = run("swarm", "agent", "list", *more, home=tmp_path)
+        assert done.returncode == 1 and "'shell'" in done.stderr and "register it again" in done.stderr
+        assert "echo" in names(done.stdout) and "shell" not in names(done.stdout)
 
 
 def test_init_does_not_overwrite_a_foreign_registry(tmp_path: Path) -> None:

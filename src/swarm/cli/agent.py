@@ -76,17 +76,26 @@ async def add(
 
 
 @command(app, "list", examples=["swarm agent list", "swarm agent list --json"], json=True)
-async def list_(cli: Cli) -> None:
-    """List the registered agents."""
+async def list_(cli: Cli) -> int:
+    """List the registered agents. Exit status 1 if the row of one is broken."""
+    from swarm.errors import StoreError
 
+    problem = ""
     async with cli.store() as store:
-        agents = await store.agents()
+        agents = await store.agents(broken=False)
+        try:
+            await store.agents()
+        except StoreError as error:
+            problem = str(error)
     rows = [(a.name, a.version, a.id, a.runtime, f"{a.memory_mb} MB", a.network, a.description) for a in agents]
     columns = (
         "NAME", "VERSION", Column("ID", drop=5), Column("RUNTIME", drop=1), Column("MEMORY", drop=2, right=True),
         Column("NETWORK", drop=3, least=10), Column("DESCRIPTION", drop=4, least=16),
     )  # fmt: skip
     cli.out.listing(agents, columns, rows, empty="no agents: run `swarm init`")
+    if problem:
+        cli.out.error(problem)
+    return 1 if problem else 0
 
 
 @command(app, "show", examples=["swarm agent show echo", "swarm agent show echo@1.0.0 --json"], json=True)
