@@ -246,6 +246,24 @@ async def test_out_of_memory(plain: Bench, headroom_mb: int, row_bytes: int) -> 
     await proved(plain)
 
 
+async def test_a_vm_is_started_while_there_is_no_memory(plain: Bench) -> None:
+    """Python waits for ever for a thread that found none at its start, so none is started for each child."""
+    agent = await plain.agent(DONE)
+    async with engine_process(plain) as engine:
+        plain.insert("before", agent.id)  # the stacks of its threads are kept: starting another one succeeds
+        assert await ended(plain, "before") == ["done"]
+        resource.prlimit(engine.pid, resource.RLIMIT_AS, (1 << 20, resource.RLIM_INFINITY))
+        plain.insert("meanwhile", agent.id)
+        with contextlib.suppress(TimeoutError):
+            await ended(plain, "meanwhile", timeout_seconds=5)
+        resource.prlimit(engine.pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        plain.insert("after", agent.id)
+        assert await ended(plain, "after") == ["done"]
+        engine.terminate()
+        assert await asyncio.wait_for(engine.wait(), PATIENCE_SECONDS) == 0
+    await proved(plain)
+
+
 async def test_the_database_locked_for_longer_than_it_waits(plain: Bench) -> None:
     """By a program that forgot its transaction: one warning, and then the engine continues."""
     agent = await plain.agent(DONE)

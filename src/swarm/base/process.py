@@ -189,8 +189,8 @@ class Child(Protocol):
 
 
 class Spawned:
-    """A process of ours that asyncio is not told of: for it, Python 3.11 would start a thread, and later versions would
-    kill it when the event loop ends. Made in the loop."""
+    """A process of ours that asyncio is not told of: that kills what it has started, once nobody refers to it or the
+    event loop ends. Made in the loop."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid

@@ -188,6 +188,8 @@ def perform(
 
         configure(debug=debug, lazily=not debug)
         cli = Cli(settings=config.load(home=home and home.absolute()), out=out, debug=debug)
+        if sys.version_info < (3, 12):  # it would start a thread for each child, and wait for ever if memory is short
+            asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
         status = asyncio.run(_until_signalled(function(cli, **values)))
         sys.stdout.flush()
         return status or 0
