@@ -22,9 +22,9 @@ from swarm.store.runs.workflow_engine import WorkflowEngine
 from swarm.store.sql.conditions import UNKNOWN_STATE
 from swarm.store.sql.database import HEAD, other_revision
 from swarm.store.sql.dialect import Sql
-from swarm.store.sql.reads import Read
+from swarm.store.sql.reads import Read, chars
 from swarm.store.sql.rows import READ_BYTES, flag, ids_in_order, iso, milliseconds
-from swarm.store.sql.transaction import Row, Tx, chars, one_row
+from swarm.store.sql.transaction import Row, Tx, one_row
 from swarm.store.tickets import dependencies, elsewhere, validation
 from swarm.store.tickets.changes import INSERT_ATTEMPT, Changes
 from swarm.store.tickets.places import Places

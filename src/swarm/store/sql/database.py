@@ -21,6 +21,7 @@ from swarm.errors import StoreError, UsageError
 from swarm.store.sql import files
 from swarm.store.sql.dialect import NOT_MIGRATED, Dialect, Sql, explain, without_password
 from swarm.store.sql.dialects import dialect_of
+from swarm.store.sql.newcomers import Newcomers
 from swarm.store.sql.transaction import Connection, Outdated, Tx, is_complete
 from swarm.store.sql.wake import Wake
 
@@ -120,6 +121,7 @@ class Database:
         still be true then: else nothing is written, and Outdated is raised. ``shared``: see `Dialect.begin_shared`, and
         `Tx.exact`. ``alone``: see `Dialect.alone`.
         """
+        self._let_in(connection)
         opened = connection.opened
         if opened is not None:
             try:
@@ -159,6 +161,12 @@ class Database:
         with self.errors(connection), ahead_of_others():
             connection.driver.execute(self.dialect.begin_write)
             connection.driver.rollback()
+
+    def _let_in(self, connection: Connection) -> None:
+        """What a transaction has read would be outdated, if newcomers wrote only before its end."""
+        if connection.newcomers is None and self.wakes and connection.write and self.file is not None:
+            connection.newcomers = Newcomers(self.file)  # this process stays: others make one transaction or two
+        connection.let_in()
 
     def _begin(self, connection: Connection) -> str:
         return self.dialect.begin_write if connection.write else self.dialect.begin_read

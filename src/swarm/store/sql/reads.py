@@ -14,6 +14,11 @@ IN_CHUNK: Final = 512  # values in one IN (…): far below the limit of every da
 Read: TypeAlias = tuple[str, Mapping[str, Any]]  # a statement and its values
 
 
+def chars(row: Sequence[Any]) -> int:
+    """Of all its columns."""
+    return sum([len(value) for value in row if isinstance(value, str | bytes)])
+
+
 @cache
 def _in(statement: Sql, count: int) -> str:
     """A statement with ``IN :ids``, for ``count`` values."""

@@ -18,7 +18,8 @@ from swarm.base.realtime import ahead_of_others
 from swarm.errors import StoreError
 from swarm.store.sql import files
 from swarm.store.sql.dialect import Dialect, Sql, Statement, explain
-from swarm.store.sql.reads import IN_CHUNK, Read, among, undecoded
+from swarm.store.sql.newcomers import Newcomers
+from swarm.store.sql.reads import IN_CHUNK, Read, among, chars, undecoded
 from swarm.store.sql.rows import iso
 from swarm.store.sql.wake import Wake
 
@@ -42,11 +43,6 @@ def untold(statement: Sql) -> Sql:
     """A change that nobody waits for: see `Dialect.tell`."""
     _UNTOLD.add(statement)
     return statement
-
-
-def chars(row: Row) -> int:
-    """Of all its columns."""
-    return sum([len(value) for value in row if isinstance(value, str | bytes)])
 
 
 _TABLE: Final = re.compile(r"(?:INSERT INTO|UPDATE|DELETE FROM) (\w+)")
@@ -79,15 +75,22 @@ def _row_type(columns: tuple[str, ...]) -> Callable[[Iterable[Any]], Any]:
 @dataclass(slots=True)
 class Connection:
     """The driver's connection, of one thread. ``opened``: the files as they were then, to which it may write.
-    ``lock_seconds``: waited for the write lock, in this transaction."""
+    ``newcomers``: they write first. ``lock_seconds``: waited for them and the write lock, in this transaction."""
 
     driver: Any
     write: bool
     opened: files.OpenFiles | None = None
+    newcomers: Newcomers | None = None
     lock_seconds: float = 0.0
     row_types: dict[str, Callable[[Iterable[Any]], Any]] = field(default_factory=dict)
 
+    def let_in(self) -> None:
+        if self.newcomers is not None:
+            self.lock_seconds += self.newcomers.let_in()
+
     def close(self) -> None:
+        if self.newcomers is not None:
+            self.newcomers.close()
         self.driver.close()
 
 
@@ -338,6 +341,8 @@ class Tx:
         if not self._unwritten and not self._locked:
             self.connection.driver.commit()
             return
+        if not self._locked:
+            self.connection.let_in()
         self._warm_up()
         with ahead_of_others():
             self.write(commit=True)
