@@ -33,7 +33,7 @@ from tests.agents.write import registered
 from tests.store.bench_queue import out
 
 MIB = 1 << 20
-ROUNDS, ECHOES, UNFINISHED = 3, 12, 2
+ROUNDS, ECHOES, UNFINISHED = 6, 12, 2
 PHASE_SECONDS = 20.0  # of one round beside a neighbour: fewer tickets when they are slow
 SMALL_THINGS = '{"x":[' + "[]," * 4_900_000 + "0]}"  # 15 MB of JSON, half a gigabyte in Python
 # The most that is taken.
@@ -224,9 +224,10 @@ def neighbour(file: Path, kind: str, target: str) -> Iterator[None]:
 # --- the others -------------------------------------------------------------------------------------------------------
 
 
-def echoes(connection: sqlite3.Connection, name: str, count: int) -> list[float]:
-    """Milliseconds from the INSERT of a small ticket until another process sees it done, one after the other."""
-    late, until = list[float](), time.monotonic() + PHASE_SECONDS
+def echoes(connection: sqlite3.Connection, name: str, count: int) -> tuple[list[float], list[float]]:
+    """Milliseconds from the INSERT of a small ticket until another process sees it done, one after the other; and of a
+    bare process after each, which shows what the machine itself is slower by."""
+    late, bare, until = list[float](), list[float](), time.monotonic() + PHASE_SECONDS
     for number in range(count):
         if time.monotonic() > until:
             break
@@ -243,16 +244,10 @@ def echoes(connection: sqlite3.Connection, name: str, count: int) -> list[float]
             time.sleep(0.002)
         assert state == "done", connection.execute("SELECT error FROM tickets WHERE id = ?", (id_,)).fetchone()
         late.append((time.perf_counter() - began) * 1e3)
-    return late
-
-
-def bare(count: int) -> list[float]:
-    late = []
-    for _ in range(count):
         began = time.perf_counter()
         subprocess.run([sys.executable, "-I", "-S", "-c", "pass"], check=True)
-        late.append((time.perf_counter() - began) * 1e3)
-    return late
+        bare.append((time.perf_counter() - began) * 1e3)
+    return late, bare
 
 
 def share(values: list[float], part: float) -> float:
@@ -306,18 +301,18 @@ def _serve(settings: Settings, kind: str, target: str) -> None:
 def _one(connection: sqlite3.Connection, file: Path, kind: str, target: str) -> None:
     alone, beside, bare_alone, bare_beside = list[float](), list[float](), list[float](), list[float]()
     for number in range(ROUNDS):
-        alone += echoes(connection, f"{kind}-alone-{number}", ECHOES)
-        bare_alone += bare(ECHOES)
+        late, machine = echoes(connection, f"{kind}-alone-{number}", ECHOES)
+        alone, bare_alone = alone + late, bare_alone + machine
         with neighbour(file, kind, target):
-            beside += echoes(connection, f"{kind}-beside-{number}", ECHOES)
-            bare_beside += bare(ECHOES)
+            late, machine = echoes(connection, f"{kind}-beside-{number}", ECHOES)
+            beside, bare_beside = beside + late, bare_beside + machine
     said = [row[0] for row in connection.execute("SELECT DISTINCT state FROM tickets WHERE title = ?", (kind,))]
     p50, p95 = (share(alone, 0.5), share(beside, 0.5)), (share(alone, 0.95), share(beside, 0.95))
-    machine = share(bare_alone, 0.95), share(bare_beside, 0.95)
+    bare = share(bare_alone, 0.95), share(bare_beside, 0.95)
     out(
         f"{kind:18} alone p50 {p50[0]:6.0f}, p95 {p95[0]:6.0f}; p50 {p50[1]:6.0f}, p95 {p95[1]:6.0f}; "
-        f"× {p50[1] / p50[0]:.1f}, {p95[1] / p95[0]:5.1f}; {machine[0]:.0f} → {machine[1]:.0f}, "
-        f"× {machine[1] / machine[0]:.1f} (its tickets: {', '.join(sorted(said))})"
+        f"× {p50[1] / p50[0]:.1f}, {p95[1] / p95[0]:5.1f}; {bare[0]:.0f} → {bare[1]:.0f}, "
+        f"× {bare[1] / bare[0]:.1f} (its tickets: {', '.join(sorted(said))})"
     )
 
 
