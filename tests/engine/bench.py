@@ -44,6 +44,7 @@ from typing import Final
 import structlog
 
 from swarm.base.clock import Timeline
+from swarm.base.realtime import ahead_of_others
 from swarm.engine.dispatch import Dispatcher
 from swarm.engine.engine import Watcher
 from swarm.engine.worker import Worker
@@ -364,10 +365,11 @@ def _paced(file: Path, per_second: int) -> Iterator[None]:
             for number in itertools.count():
                 if over.wait(1 / per_second):
                     return
-                connection.execute(
-                    "INSERT INTO tickets (id, title, state, agent_id) VALUES (?, 'paced', 'ready', ?)",
-                    (f"paced-{number}", ECHO_AGENT_ID),
-                )
+                with ahead_of_others():
+                    connection.execute(
+                        "INSERT INTO tickets (id, title, state, agent_id) VALUES (?, 'paced', 'ready', ?)",
+                        (f"paced-{number}", ECHO_AGENT_ID),
+                    )
 
     thread = threading.Thread(target=insert_paced)
     if per_second:

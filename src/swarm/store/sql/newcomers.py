@@ -8,6 +8,7 @@ refuse it, and one that began before is over when the program comes to write.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import struct
@@ -22,6 +23,7 @@ from swarm.base.files import real
 
 _MASK: Final = Mask.OPEN | Mask.CLOSE_WRITE | Mask.CLOSE_NOWRITE
 _READ_BYTES: Final = 1 << 14
+_READS: Final = 32  # more than the kernel's longest queue: a program that opens the file without end holds up nobody
 _EVENT: Final = struct.Struct("iIII")  # inotify(7), of a watched file
 
 
@@ -37,7 +39,7 @@ class Newcomers:
         self._refused = False  # the kernel has no watch left, or this process no descriptor
         self._poll = select.poll()
         self._someone = False  # the last that happened to the file is that it was opened
-        self._not_before = 0.0
+        self._allowed, self._since = 0.0, -math.inf  # seconds that it may wait
 
     def let_in(self) -> float:
         """Wait for who has opened the file since the last time. Returns the seconds; they are at most half of all time,
@@ -45,15 +47,14 @@ class Newcomers:
         if self._inotify is None and not self._watch():
             return 0.0
         self._look()
-        began = self._now()
-        waited = 0.0
-        while self._someone and began >= self._not_before and waited < self.most_seconds:
-            self._poll.poll((self.most_seconds - waited) * 1000)
+        began, waited = self._now(), 0.0
+        self._allowed = min(self._allowed + began - self._since, 2 * self.most_seconds)
+        while self._someone and waited < (most := min(self.most_seconds, self._allowed)):
+            self._poll.poll((most - waited) * 1000)
             self._look()
             waited = self._now() - began
         self._someone = False
-        if waited:
-            self._not_before = began + 2 * waited
+        self._allowed, self._since = self._allowed - waited, began + waited
         return waited
 
     def _watch(self) -> bool:
@@ -74,7 +75,7 @@ class Newcomers:
         """A close is taken for the last newcomer's, whose ever it is: events don't tell."""
         assert self._inotify is not None
         with contextlib.suppress(BlockingIOError):
-            while True:
+            for _ in range(_READS):
                 *_, (_, mask, _, _) = _EVENT.iter_unpack(os.read(self._inotify.fd, _READ_BYTES))
                 self._someone = bool(mask & Mask.OPEN)
 
