@@ -54,6 +54,18 @@ def attach_tree(tree: int, target: bytes) -> None:
     check(libc().syscall(_SYS_MOVE_MOUNT, *arguments), f"move_mount {os.fsdecode(target)}")
 
 
+def inotify() -> int:
+    """A descriptor to read what happens to files, which does not block: inotify(7)."""
+    fd: int = libc().inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    check(min(fd, 0), "inotify_init1")
+    return fd
+
+
+def add_watch(fd: int, path: bytes, mask: int) -> None:
+    """From now on, ``fd`` of `inotify` reports this of the file, and nothing else."""
+    check(min(libc().inotify_add_watch(fd, path, ctypes.c_uint32(mask)), 0), f"inotify_add_watch {os.fsdecode(path)}")
+
+
 def check(result: int, call: str) -> None:
     """Raise OSError, with ``call`` in its text, if a call of the library failed."""
     if result != 0:

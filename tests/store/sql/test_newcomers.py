@@ -14,6 +14,7 @@ from typing import Final
 
 import pytest
 
+from swarm.errors import FilesChanged
 from swarm.store.sql.database import Database
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.newcomers import Newcomers
@@ -45,89 +46,111 @@ def opened(file: Path) -> Iterator[None]:
 def watching(file: Path, *, most_seconds: float = 60.0) -> Iterator[Newcomers]:
     """Time stands still: only what happens to the file ends a wait."""
     with closing(Newcomers(file, most_seconds=most_seconds, now=lambda: 0.0)) as newcomers:
-        assert newcomers.let_in() == 0.0  # from now on
+        assert newcomers.let_in() is None  # from now on
         yield newcomers
 
 
+@contextmanager
+def waiting(newcomers: Newcomers) -> Iterator[None]:
+    """It waits until something in the block ends that."""
+    thread = threading.Thread(target=newcomers.let_in, daemon=True)
+    thread.start()
+    thread.join(0.05)
+    assert thread.is_alive()
+    yield
+    thread.join(60)
+    assert not thread.is_alive()
+
+
 def test_waits_until_the_newcomer_closes_the_file(file: Path) -> None:
-    with watching(file) as newcomers:
-        waiting = threading.Thread(target=newcomers.let_in)
-        with opened(file):
-            waiting.start()
-            waiting.join(0.05)
-            assert waiting.is_alive()
-        waiting.join()
+    with watching(file) as newcomers, ExitStack() as stack:
+        stack.enter_context(opened(file))
+        with waiting(newcomers):
+            stack.close()
 
 
 def test_nobody_is_waited_for_who_has_closed_the_file(file: Path) -> None:
-    with watching(file) as newcomers:
+    with closing(Newcomers(file)) as newcomers:
+        newcomers.let_in()
         for _ in range(3):
             with opened(file):
                 pass
-        newcomers.let_in()
+        assert newcomers.let_in() == 0.0
 
 
 def test_one_who_stays_is_waited_for_once(file: Path) -> None:
     times = iter([0.0, 1.0, 1.25, 2.0])
     with closing(Newcomers(file, most_seconds=0.25, now=lambda: next(times))) as newcomers:
-        assert newcomers.let_in() == 0.0
+        assert newcomers.let_in() is None
         with opened(file):
-            assert [newcomers.let_in(), newcomers.let_in()] == [0.25, 0.0]
+            assert [newcomers.let_in(), newcomers.let_in()] == [0.25, None]
 
 
 def test_half_of_the_time_is_the_threads_own(file: Path) -> None:
     """Two may come at once; behind them, it waits for as long as it did not wait before."""
     times = iter([0.0, 10.0, 10.25, 10.25, 10.5, 10.5, 10.625, 10.75, 11.0, 11.25])
     with closing(Newcomers(file, most_seconds=0.25, now=lambda: next(times))) as newcomers:
-        found = [newcomers.let_in()]
+        found: list[float | None] = [newcomers.let_in()]
         for _ in range(5):
             with opened(file):
                 found.append(newcomers.let_in())
-    assert found == [0.0, 0.25, 0.25, 0.0, 0.125, 0.25]
+    assert found == [None, 0.25, 0.25, 0.0, 0.125, 0.25]
+
+
+def test_a_process_that_was_stopped_meanwhile_lets_others_in_soon(file: Path) -> None:
+    times = iter([0.0, 1.0, 3601.0, 3601.5, 3601.75])
+    with closing(Newcomers(file, most_seconds=0.25, now=lambda: next(times))) as newcomers:
+        found: list[float | None] = [newcomers.let_in()]
+        for _ in range(2):
+            with opened(file):
+                found.append(newcomers.let_in())
+    assert found == [None, 3600.0, 0.25]
 
 
 def test_a_thousand_that_come_and_go(file: Path) -> None:
     """Their events don't fit into one read."""
-    with watching(file) as newcomers:
+    with watching(file) as newcomers, ExitStack() as stack:
         for _ in range(1000):
             with opened(file):
                 pass
-        newcomers.let_in()
-        waiting = threading.Thread(target=newcomers.let_in)
-        with opened(file):
-            waiting.start()
-            waiting.join(0.05)
-            assert waiting.is_alive()
-        waiting.join()
+        stack.enter_context(opened(file))
+        with waiting(newcomers):
+            stack.close()
 
 
-def test_without_a_descriptor_nobody_is_waited_for(file: Path) -> None:
+@pytest.mark.parametrize("free", [0, 1, 2])
+def test_without_descriptors_nobody_is_waited_for_and_none_is_lost(file: Path, free: int) -> None:
     program = (
         "import os, resource, sys; from pathlib import Path; from swarm.store.sql.newcomers import Newcomers\n"
-        "newcomers, fd = Newcomers(Path(sys.argv[1]), most_seconds=60), os.open(sys.argv[1], os.O_RDWR)\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (fd, fd))\n"
-        "assert [newcomers.let_in(), newcomers.let_in()] == [0.0, 0.0]\n"
-        "newcomers.close()"
+        "fd, free = os.open(sys.argv[1], os.O_RDWR), int(sys.argv[2])\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (fd + 1 + free, fd + 1 + free))\n"
+        "for _ in range(3):\n"
+        "    newcomers = Newcomers(Path(sys.argv[1]), most_seconds=60)\n"
+        "    assert [newcomers.let_in(), newcomers.let_in()] == [None, None]\n"
+        "    newcomers.close()\n"
+        "assert os.dup(fd) == fd + 1 if free else True"
     )
-    subprocess.run([sys.executable, "-c", program, file], check=True)
+    subprocess.run([sys.executable, "-c", program, file, str(free)], check=True)
 
 
 @contextmanager
-def transacting(url: str) -> Iterator[tuple[Path, Callable[[Callable[[], None]], None]]]:
-    """The database's file, and a transaction, in which the given function is called when all is read."""
+def transacting(url: str) -> Iterator[tuple[Path, Callable[..., None]]]:
+    """The database's file, and a transaction: ``meanwhile`` is called when all is read; ``first`` is a statement before
+    that."""
     database = Database(url, busy_timeout_seconds=60)
     assert database.file is not None
     connection = database.connect(write=True)
     connection.newcomers = Newcomers(database.file, most_seconds=60)
 
-    def transact(meanwhile: Callable[[], None]) -> None:
+    def transact(meanwhile: Callable[[], None], *, first: Sql | None = None) -> None:
         with database.transaction(connection, optimistic=True) as tx:
             assert tx.now_ms
+            assert first is None or tx.all(first, id="first")
             tx.run(_INSERT, id="ours")
             meanwhile()
 
     with closing(connection):
-        assert connection.newcomers.let_in() == 0.0
+        assert connection.newcomers.let_in() is None
         yield database.file, transact
 
 
@@ -152,20 +175,50 @@ def test_a_transaction_begins_after_a_newcomers(backend: Backend) -> None:
 
 def test_a_transaction_does_not_end_before_a_newcomers(backend: Backend) -> None:
     """It has read before, and so runs again."""
-    found, stack = list[BaseException](), ExitStack()
+    found, stack, has_opened = list[BaseException](), ExitStack(), threading.Event()
+
+    def meanwhile() -> None:
+        stack.enter_context(opened(file))
+        has_opened.set()
 
     def transaction() -> None:
         with pytest.raises(Outdated) as raised:
-            transact(lambda: stack.enter_context(opened(file)))
+            transact(meanwhile)
         found.append(raised.value)
 
     with transacting(backend.new()) as (file, transact):
         thread = threading.Thread(target=transaction)
         thread.start()
+        has_opened.wait()
         newcomer_writes(file, thread)
         stack.close()
         thread.join()
         assert len(found) == 1 and ids(file) == ["theirs"]
+
+
+def test_a_transaction_that_has_the_lock_waits_for_nobody(backend: Backend) -> None:
+    with transacting(backend.new()) as (file, transact), ExitStack() as stack:
+        transact(lambda: stack.enter_context(opened(file)), first=Sql(f"{_INSERT} RETURNING id"))
+        assert ids(file) == ["first", "ours"]
+
+
+def test_the_database_is_overwritten_while_the_transaction_waits(backend: Backend) -> None:
+    """It writes nothing into that."""
+
+    def overwrite() -> None:
+        other = file.open("r+b")
+
+        def finish() -> None:
+            other.write(content)
+            other.close()
+
+        threading.Thread(target=finish).start()
+
+    with transacting(backend.new()) as (file, transact):
+        content = file.read_bytes()
+        with pytest.raises(FilesChanged):
+            transact(overwrite)
+        assert file.read_bytes() == content
 
 
 def ids(file: Path) -> list[str]:

@@ -11,10 +11,11 @@ import psycopg
 import pytest
 
 from swarm.store.claims import claim, finish
+from swarm.store.sql.connection import Connection
 from swarm.store.sql.database import Database
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.together import FEWEST, together
-from swarm.store.sql.transaction import Connection, one_row
+from swarm.store.sql.transaction import one_row
 from swarm.store.tickets import changes, events
 from tests.store.databases import Outside, PostgresBackend
 from tests.store.sql.test_schema import STATEMENTS

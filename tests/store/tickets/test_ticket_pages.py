@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from swarm.errors import UsageError
 from swarm.model import TicketState
+from swarm.store.sql.connection import Connection
 from swarm.store.sql.sqlite import SQLITE
-from swarm.store.sql.transaction import Connection, Tx
+from swarm.store.sql.transaction import Tx
 from swarm.store.tickets import pages
 from swarm.store.tickets.pages import TicketFilter
 

@@ -11,9 +11,9 @@ from swarm.base.log import logger
 from swarm.errors import SwarmError
 from swarm.store.runs.decision import Decided
 from swarm.store.runs.workflow_engine import WorkflowEngine
+from swarm.store.sql.connection import Connection
 from swarm.store.sql.database import Database
 from swarm.store.sql.threads import ConnectionThread
-from swarm.store.sql.transaction import Connection
 from swarm.store.tickets.changes import Culprit
 from swarm.store.tickets.isolation import IsolatingThread, RowFault, sentence
 

@@ -19,10 +19,11 @@ from typing import Final
 from swarm.base.realtime import ahead_of_others
 from swarm.errors import StoreError, UsageError
 from swarm.store.sql import files
+from swarm.store.sql.connection import Connection, is_complete
 from swarm.store.sql.dialect import NOT_MIGRATED, Dialect, Sql, explain, without_password
 from swarm.store.sql.dialects import dialect_of
 from swarm.store.sql.newcomers import Newcomers
-from swarm.store.sql.transaction import Connection, Outdated, Tx, is_complete
+from swarm.store.sql.transaction import Outdated, Tx
 from swarm.store.sql.wake import Wake
 
 # The revision that this version of Swarm needs: the newest of migrations/versions.
@@ -121,14 +122,9 @@ class Database:
         still be true then: else nothing is written, and Outdated is raised. ``shared``: see `Dialect.begin_shared`, and
         `Tx.exact`. ``alone``: see `Dialect.alone`.
         """
-        self._let_in(connection)
-        opened = connection.opened
-        if opened is not None:
-            try:
-                (self._changed or opened).check()
-            except StoreError:
-                self._changed = opened  # a new connection would write into whatever is there now
-                raise
+        with self.errors(connection):
+            self._let_in(connection)
+        self._check_files(connection)
         begin = self.dialect.begin_optimistic if optimistic and connection.write else self._begin(connection)
         if shared and self.dialect.begin_shared is not None:
             begin = self.dialect.begin_shared
@@ -141,6 +137,9 @@ class Database:
                 if alone:
                     tx.keep_others_out()
                 yield tx
+                tx.let_in()
+                if tx.visited:
+                    self._check_files(connection)
                 tx.commit()
         except BaseException as error:
             with self.errors():  # that needs memory too
@@ -150,8 +149,8 @@ class Database:
             raise
         finally:
             tx.end()
-        if opened is not None:
-            opened.note()
+        if connection.opened is not None:
+            connection.opened.note()
 
     def wait_for_others(self, connection: Connection) -> None:
         """Until no other program holds the write lock: what is read then is likely to stay true for a while."""
@@ -166,7 +165,17 @@ class Database:
         """What a transaction has read would be outdated, if newcomers wrote only before its end."""
         if connection.newcomers is None and self.wakes and connection.write and self.file is not None:
             connection.newcomers = Newcomers(self.file)  # this process stays: others make one transaction or two
-        connection.let_in()
+        if connection.newcomers is not None:
+            connection.newcomers.let_in()
+
+    def _check_files(self, connection: Connection) -> None:
+        opened = connection.opened
+        if opened is not None:
+            try:
+                (self._changed or opened).check()
+            except StoreError:
+                self._changed = opened  # a new connection would write into whatever is there now
+                raise
 
     def _begin(self, connection: Connection) -> str:
         return self.dialect.begin_write if connection.write else self.dialect.begin_read

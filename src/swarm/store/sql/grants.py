@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from swarm.errors import NotFound, UsageError
+from swarm.store.sql.connection import Connection
 from swarm.store.sql.database import Database
-from swarm.store.sql.transaction import Connection
 
 # Their triggers do the rest with the rights of who made the tables.
 TABLES: Final = ("tickets", "ticket_dependencies")

@@ -28,9 +28,10 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from swarm.base import crash_points
 from swarm.errors import FilesChanged, Locked, StoreError, SwarmError
+from swarm.store.sql.connection import Connection
 from swarm.store.sql.database import Database
 from swarm.store.sql.flush import Flusher
-from swarm.store.sql.transaction import Connection, NotExact, Outdated, Tx
+from swarm.store.sql.transaction import NotExact, Outdated, Tx
 
 P = ParamSpec("P")
 Request = TypeVar("Request")

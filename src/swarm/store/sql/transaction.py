@@ -10,15 +10,13 @@ import re
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from typing import Any, Final, TypeAlias
 
 from swarm.base.realtime import ahead_of_others
 from swarm.errors import StoreError
-from swarm.store.sql import files
+from swarm.store.sql.connection import Connection, is_complete
 from swarm.store.sql.dialect import Dialect, Sql, Statement, explain
-from swarm.store.sql.newcomers import Newcomers
 from swarm.store.sql.reads import IN_CHUNK, Read, among, chars, undecoded
 from swarm.store.sql.rows import iso
 from swarm.store.sql.wake import Wake
@@ -72,28 +70,6 @@ def _row_type(columns: tuple[str, ...]) -> Callable[[Iterable[Any]], Any]:
     return make
 
 
-@dataclass(slots=True)
-class Connection:
-    """The driver's connection, of one thread. ``opened``: the files as they were then, to which it may write.
-    ``newcomers``: they write first. ``lock_seconds``: waited for them and the write lock, in this transaction."""
-
-    driver: Any
-    write: bool
-    opened: files.OpenFiles | None = None
-    newcomers: Newcomers | None = None
-    lock_seconds: float = 0.0
-    row_types: dict[str, Callable[[Iterable[Any]], Any]] = field(default_factory=dict)
-
-    def let_in(self) -> None:
-        if self.newcomers is not None:
-            self.lock_seconds += self.newcomers.let_in()
-
-    def close(self) -> None:
-        if self.newcomers is not None:
-            self.newcomers.close()
-        self.driver.close()
-
-
 _COMMIT: Final = "COMMIT", (), False
 
 
@@ -133,6 +109,7 @@ class Tx:
         self._unwritten: _Unwritten = []
         self._if_undone: list[Callable[[], None]] = []
         self._locked = False
+        self.visited = False  # a program has opened the database, or closed it, since this began
         self.joined = False  # it serves requests for two functions
         self._begin: str | None = None  # sent together with the first statement
         self._told = set[str]()  # tables whose changes others may wait for
@@ -238,8 +215,10 @@ class Tx:
         self._note(sql)  # some change, and return rows
         if self.dialect.exchange is not None:
             return self._send((self._text(sql), values, True))[-1]
-        if self._unwritten:
-            self.write()
+        writes = _table(sql) is not None  # then SQLite would take the lock by itself, and nobody would know
+        if writes or self._unwritten:
+            self.let_in(writes=writes)
+            self.write(lock=writes)
         return self._run(self._cursor, self._text(sql), values)
 
     @staticmethod
@@ -249,15 +228,15 @@ class Tx:
         except UnicodeEncodeError:
             return cursor.execute(*undecoded(sql, values))
 
-    def write(self, *, commit: bool = False) -> None:
-        """Write the changes made so far. Takes the write lock, if there are any."""
+    def write(self, *, lock: bool = False, commit: bool = False) -> None:
+        """Write the changes made so far. Takes the write lock, if there are any, or by ``lock``."""
         driver = self.connection.driver
         if self.dialect.exchange is not None:
             if self._unwritten:
                 self._send()
             return
         unwritten = self._take_unwritten()
-        if unwritten and not self._locked and self.dialect.lock is not None:
+        if (unwritten or lock) and not self._locked and self.dialect.lock is not None:
             # By a statement of its own: the driver parses one that was refused once at every use, under the lock.
             self._take_lock(self.dialect.lock)
         for statement, rows in unwritten:
@@ -280,10 +259,6 @@ class Tx:
         unwritten, self._unwritten = self._unwritten, []
         if unwritten:
             self._ahead.clear()
-        if unwritten and not self._muted:
-            self._muted = list(self._wakes)
-            for wake in self._muted:
-                wake.mute()
         return unwritten
 
     def _send(self, *last: Statement) -> list[Any]:
@@ -326,7 +301,17 @@ class Tx:
         for statement in filter(None, (begin, *self.dialect.alone)):
             self.connection.driver.execute(statement, prepare=False)
 
+    def let_in(self, *, writes: bool = False) -> None:
+        """Before it takes the write lock, wait for programs that have just opened the database. ``writes``: also if
+        there are no changes so far."""
+        newcomers = self.connection.newcomers
+        if newcomers is not None and not self._locked and (writes or self._unwritten):
+            self.visited |= newcomers.let_in() is not None
+
     def _take_lock(self, statement: str) -> None:
+        self._muted = list(self._wakes)
+        for wake in self._muted:
+            wake.mute()
         began = time.monotonic()
         try:
             self._cursor.execute(statement)
@@ -341,8 +326,6 @@ class Tx:
         if not self._unwritten and not self._locked:
             self.connection.driver.commit()
             return
-        if not self._locked:
-            self.connection.let_in()
         self._warm_up()
         with ahead_of_others():
             self.write(commit=True)
@@ -436,15 +419,3 @@ class Tx:
         """Is the database at fault, and not one statement?"""
         complete = partial(is_complete, self.connection, self.dialect)
         return explain(self.dialect, error, place="", busy_timeout_seconds=0.0, complete=complete) is not None
-
-
-def is_complete(connection: Connection, dialect: Dialect) -> bool:
-    """Are all tables and columns that Swarm needs there?"""
-    from swarm.store.sql.schema import metadata
-
-    try:
-        connection.driver.rollback()  # after an error, PostgreSQL answers nothing else
-        present = set(connection.driver.cursor().execute(dialect.columns).fetchall())
-    except dialect.driver_error:
-        return False
-    return all((table.name, column.name) in present for table in metadata.tables.values() for column in table.columns)
