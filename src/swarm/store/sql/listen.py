@@ -122,7 +122,15 @@ class Listener:
         """Until the connection is lost: raises psycopg.Error then."""
         loop = asyncio.get_running_loop()
         lost: asyncio.Future[None] = loop.create_future()
-        server = connection.pgconn
+        server, reads = connection.pgconn, True
+
+        def stop() -> None:
+            """Once: libpq has closed the descriptor of a lost connection, so its number may be another file's by now,
+            such as that of a child whose end nobody would learn of."""
+            nonlocal reads
+            if reads:
+                reads = False
+                loop.remove_reader(descriptor)
 
         def read() -> None:
             try:
@@ -131,7 +139,7 @@ class Listener:
                     if notice.extra in self._told:
                         self._changed.set()
             except psycopg.Error as error:
-                loop.remove_reader(descriptor)
+                stop()
                 if not lost.done():
                     lost.set_exception(error)
 
@@ -141,7 +149,7 @@ class Listener:
             read()  # what came together with the answer to LISTEN
             await lost
         finally:
-            loop.remove_reader(descriptor)
+            stop()
 
     async def _reconnect(self) -> psycopg.AsyncConnection[Any]:
         pause = _FIRST_PAUSE_SECONDS
