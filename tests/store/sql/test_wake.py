@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from asyncinotify import Mask
@@ -30,6 +31,7 @@ from tests.conftest import PATIENCE_SECONDS, need
 from tests.store.databases import ECHO, LEASE, Outside, PostgresBackend
 
 INSERT_TICKET = Sql("INSERT INTO tickets (id) VALUES (:id)")
+LISTENS = "application_name = 'swarm' AND query LIKE '%current_schema()' AND datname = current_database()"
 TELLS = Sql("SELECT current_setting('swarm.tells') AS tells")
 
 
@@ -78,12 +80,24 @@ async def test_a_commit_of_another_process_is_seen_at_once(store: Store, url: st
     assert statistics.median(late) < 20 + 5 * statistics.median(without), (sorted(late), sorted(without))
 
 
-async def test_without_a_commit_nothing_is_seen_and_it_costs_nothing(store: Store) -> None:
+async def test_without_a_commit_nothing_is_seen_and_it_costs_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its fallback looks once a second. Turns of the loop are counted, not CPU time: a slow machine needs more."""
     async with store.watching() as wake:
         await wake.changed(timeout_seconds=0)
-        before = time.process_time()
+        while await wake.changed(timeout_seconds=0.2):
+            pass
+        selector, turns = asyncio.get_running_loop()._selector, list[float | None]()  # type: ignore[attr-defined]
+        select = selector.select
+
+        def counted(timeout: float | None = None) -> Any:
+            turns.append(timeout)
+            return select(timeout)
+
+        monkeypatch.setattr(selector, "select", counted)
         assert not await wake.changed(timeout_seconds=2.0)
-        assert time.process_time() - before < 1.0  # looking without a pause would be 2 s; a slow machine needs 0.1
+        assert len(turns) < 20, turns
 
 
 async def test_a_commit_between_two_calls_is_not_missed(store: Store, outside: Outside) -> None:
@@ -157,6 +171,7 @@ def noticed() -> list[str]:
 DEAF = """
 import asyncio, sqlite3, sys
 from pathlib import Path
+from typing import Any
 from swarm.store.sql.wake import FileWake
 
 Path("/proc/sys/user/max_inotify_instances").write_text("0")  # of our own user namespace
@@ -275,15 +290,41 @@ async def test_other_schemas_of_the_database_are_not_ours(postgresql: PostgresBa
             assert await wake.changed(timeout_seconds=60)
 
 
+async def test_the_number_of_a_lost_connection_is_let_go_once(
+    postgresql: PostgresBackend, postgresql_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libpq has closed it, so what is opened next has the same number, such as the pidfd of a child."""
+    loop, numbers = asyncio.get_running_loop(), list[int]()
+    remove_reader, (reads, writes) = loop.remove_reader, os.pipe()
+
+    def open_something_else(number: int) -> bool:
+        removed = remove_reader(number)
+        if not numbers:
+            numbers.append(number)
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(number)
+            os.dup2(reads, number)
+            loop.add_reader(number, numbers.clear)
+        return removed
+
+    with contextlib.closing(postgresql.outside(postgresql_url)) as outside:
+        async with Store.open(postgresql_url) as store, store.watching() as wake:
+            monkeypatch.setattr(loop, "remove_reader", open_something_else)
+            outside.execute(f"SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE {LISTENS}")
+            assert await wake.changed(timeout_seconds=60)
+            assert remove_reader(numbers[0]), "nobody listens to what has the number now"
+    for number in (*numbers, reads, writes):
+        os.close(number)
+
+
 async def test_a_lost_connection_comes_back(
     postgresql: PostgresBackend, postgresql_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whoever waits looks then, since what was committed meanwhile was not told."""
-    listens = "application_name = 'swarm' AND query LIKE '%current_schema()' AND datname = current_database()"
     with contextlib.closing(postgresql.outside(postgresql_url)) as outside:
         async with Store.open(postgresql_url) as store, store.watching() as wake:
             for _ in range(2):
-                outside.execute(f"SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE {listens}")
+                outside.execute(f"SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE {LISTENS}")
                 assert await wake.changed(timeout_seconds=60)
                 outside.execute("INSERT INTO tickets (title) VALUES ('t')")
                 assert await wake.changed(timeout_seconds=60)
