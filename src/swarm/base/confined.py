@@ -2,9 +2,9 @@
 in a thread holds up the event loop, and with it every other ticket.
 
 The process is kept warm, runs without rights if this one is root (`privileges`), can't open or write files or start
-programs, and is bounded by the kernel: RLIMIT_AS, and for each request CPU time (ITIMER_VIRTUAL, so that a busy host
-fails no honest one). What exceeds a limit is killed, and the next request starts a new process. Requests and replies
-are a JSON object and, beside it, blocks of bytes. `serve` is the process's own side.
+programs (but see ``keeps_rights``), and is bounded by the kernel: RLIMIT_AS, and for each request CPU time
+(ITIMER_VIRTUAL, so that a busy host fails no honest one). What exceeds a limit is killed, and the next request starts a
+new process. Requests and replies are a JSON object and, beside it, blocks of bytes. `serve` is the process's own side.
 
 It isn't started by `swarm.base.process`, because calls are synchronous (threads of the store wait for answers) and the
 child has no output to keep.
@@ -36,7 +36,9 @@ Message: TypeAlias = tuple[dict[str, Any], list[bytes]]
 PATIENCE_SECONDS: Final = 30.0
 MAX_BYTES: Final = 128 << 20  # of one message
 _PREFIX: Final = struct.Struct(">I")
+_NOTHING: Final = (resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC, resource.RLIMIT_NOFILE)
 _CHUNK: Final = 1 << 20
+_CLOSING_SECONDS: Final = 0.05  # between two looks whether a request has ended; one that starts a process may be slow
 
 
 class Stopped(Exception):
@@ -47,13 +49,23 @@ class Confined:
     """Runs ``python -m module``, which calls `serve`. Thread-safe: one request at a time. It starts when needed."""
 
     def __init__(
-        self, module: str, *, cpu_seconds: float, memory_bytes: int, patience_seconds: float = PATIENCE_SECONDS
+        self,
+        module: str,
+        *,
+        cpu_seconds: float,
+        memory_bytes: int,
+        nice: int = 0,
+        patience_seconds: float = PATIENCE_SECONDS,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self._module = module
         self._cpu_seconds = cpu_seconds
         self._memory_bytes = memory_bytes
+        self._nice = nice
+        self._env = env
         self._patience_seconds = patience_seconds
         self._lock = threading.Lock()
+        self._closed = False
         self._child: subprocess.Popen[bytes] | None = None
 
     def ask(self, head: Mapping[str, Any], parts: Sequence[bytes] = ()) -> Message:
@@ -67,9 +79,16 @@ class Confined:
         return self._child.pid if self._child is not None else None
 
     def close(self) -> None:
-        """End the process and wait for its death. Idempotent."""
-        with self._lock:
+        """End the process for good and wait for its death. A request that it works on, and every later one, raises
+        Stopped. Idempotent."""
+        self._closed = True
+        while not self._lock.acquire(timeout=_CLOSING_SECONDS):
+            if (child := self._child) is not None:
+                child.kill()
+        try:
             self._end()
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -79,6 +98,8 @@ class Confined:
 
     def _ask(self, head: Mapping[str, Any], parts: Sequence[bytes]) -> Message:
         for fresh in (False, True):  # an idle process may have died for reasons unrelated to this request
+            if self._closed:
+                raise Stopped("was stopped, as all of this program is")
             child = self._started(fresh)
             assert child.stdin is not None and child.stdout is not None
             pipes = _Pipes(child.stdin.fileno(), child.stdout.fileno(), time.monotonic() + self._patience_seconds)
@@ -99,13 +120,15 @@ class Confined:
         if fresh or self._child is None or self._child.poll() is not None:
             self._end()
             self._child = subprocess.Popen(
-                [sys.executable, "-E", "-s", "-m", self._module],
+                [sys.executable, "-E", "-P", "-s", "-m", self._module],  # nothing is imported from this directory
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env=process.environment(),
+                env=process.environment() if self._env is None else self._env,
                 start_new_session=True,
             )
+            with contextlib.suppress(OSError):  # its imports take the most
+                os.setpriority(os.PRIO_PROCESS, self._child.pid, os.getpriority(os.PRIO_PROCESS, 0) + self._nice)
             for pipe in (self._child.stdin, self._child.stdout):
                 assert pipe is not None
                 os.set_blocking(pipe.fileno(), False)
@@ -196,11 +219,18 @@ def serve(
     *,
     cpu_seconds: float,
     memory_bytes: int,
-    nice: int = 0,
+    keeps_rights: bool = False,
 ) -> None:
-    """Answer requests until stdin ends. Whatever ``answer`` imports late must have been imported before."""
+    """Answer requests until stdin ends. Whatever ``answer`` imports late must have been imported before.
+
+    ``keeps_rights``: of its starter, to open files and start programs; only its processor time and memory are bounded.
+    """
     stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
-    _confine(memory_bytes, nice)
+    bounds = {resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_CORE: 0}
+    if keeps_rights:
+        privileges.limit(bounds)
+    else:
+        privileges.drop({**bounds, **dict.fromkeys(_NOTHING, 0)})
     gc.disable()  # values have no cycles, and the collector would walk through large ones again and again
     signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
 
@@ -223,12 +253,6 @@ def serve(
         stdout.flush()
         del head, parts, reply, blocks
         gc.collect()
-
-
-def _confine(memory_bytes: int, nice: int) -> None:
-    os.nice(nice)
-    limits = {resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0}
-    privileges.drop({**limits, resource.RLIMIT_NPROC: 0, resource.RLIMIT_NOFILE: 0})
 
 
 def _let_die(child: subprocess.Popen[bytes]) -> None:

@@ -38,10 +38,16 @@ def drop(limits: Mapping[int, int]) -> None:
         os.setresuid(UID, UID, UID)  # the kernel empties the other sets of capabilities
     _prctl(_NO_NEW_PRIVS, 1)
     _prctl(_DUMPABLE, 0)
-    for limit, value in limits.items():
-        hard = resource.getrlimit(limit)[1]
+    limit(limits)
+
+
+def limit(limits: Mapping[int, int]) -> None:
+    """These ``limits`` (RLIMIT_… → value) hold for this process and what it starts; a lower one stays. Raises
+    OSError."""
+    for one, value in limits.items():
+        hard = resource.getrlimit(one)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(limit, (value, value))
+        resource.setrlimit(one, (value, value))
 
 
 def die_with_parent() -> None:

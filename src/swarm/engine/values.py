@@ -43,6 +43,7 @@ class Values:
                 "swarm.engine.values",
                 cpu_seconds=CPU_SECONDS,
                 memory_bytes=MEMORY_BYTES,
+                nice=_NICE,
                 patience_seconds=_PATIENCE_SECONDS,
             )
             for _ in range(2)
@@ -194,4 +195,4 @@ def answer(request: dict[str, Any], parts: list[bytes]) -> tuple[dict[str, Any],
 if __name__ == "__main__":
     from swarm.schema import validator  # noqa: F401  loaded before the limits
 
-    confined.serve(answer, cpu_seconds=CPU_SECONDS, memory_bytes=MEMORY_BYTES, nice=_NICE)
+    confined.serve(answer, cpu_seconds=CPU_SECONDS, memory_bytes=MEMORY_BYTES)

@@ -121,7 +121,11 @@ class Packer(Confined):
 
     def __init__(self) -> None:
         super().__init__(
-            "swarm.store.runs.packing", cpu_seconds=_CPU_SECONDS, memory_bytes=_MEMORY_BYTES, patience_seconds=120.0
+            "swarm.store.runs.packing",
+            cpu_seconds=_CPU_SECONDS,
+            memory_bytes=_MEMORY_BYTES,
+            nice=_NICE,
+            patience_seconds=120.0,
         )
 
     def pack_text(self, text: str) -> Packed:
@@ -179,4 +183,4 @@ def answer(request: dict[str, Any], parts: list[bytes]) -> tuple[dict[str, Any],
 
 
 if __name__ == "__main__":
-    confined.serve(answer, cpu_seconds=_CPU_SECONDS, memory_bytes=_MEMORY_BYTES, nice=_NICE)
+    confined.serve(answer, cpu_seconds=_CPU_SECONDS, memory_bytes=_MEMORY_BYTES)
