@@ -152,6 +152,29 @@ async def test_a_crash_at_a_boundary(plain: Bench, point: str) -> None:
     assert (report.done, report.finished_twice) == (1, [])
 
 
+POINTS_AHEAD = [f"{point}@{count}" for point in crash_points.OF_ITEMS for count in (1, 3)]
+
+
+@pytest.mark.parametrize("point", [*POINTS_AHEAD, *crash_points.OF_WORKFLOWS])
+async def test_a_crash_while_rows_are_written_ahead(plain: Bench, point: str) -> None:
+    """Of 250 items, whose rows take three transactions, three run."""
+    await plain.agent(AGENT)
+    log = plain.dir / "log"
+    each = (
+        f"  - {{id: e, agent: agent, needs: a, for_each: {list(range(250))}, when: '${{item % 100 == 0}}', "
+        f"inputs: {{log: '{log}', n: '${{item}}'}}}}\n"
+    )
+    await add(plain, flow(f"  - {{id: a, agent: agent, inputs: {{log: '{log}', n: 1}}}}\n{each}"))
+    async with engine_process(plain, SWARM_FAULT=point) as engine, asyncio.timeout(PATIENCE_SECONDS):
+        _, said = await engine.communicate()
+        assert engine.returncode == -signal.SIGKILL, said.decode()
+    assert await restart(plain, "t") == ["done"]
+    assert sorted(log.read_text().split()) == ["a", "e[0]", "e[100]", "e[200]"]
+    found = await statuses(plain)
+    assert [found[f"e[{n}]"] for n in range(250)] == ["skipped" if n % 100 else "completed" for n in range(250)]
+    await proved(plain)
+
+
 class StoppingStore(Store):
     """Calls ``stop`` when an outcome is queued to be written, after the engine's own callback."""
 

@@ -61,6 +61,8 @@ class Run:
     end: End | None = None
     history: list[tuple[str, str]] = field(default_factory=list)  # (what, key), in order
     sources: dict[str, str] = field(default_factory=dict)  # of executions that began in a fork of another's VM
+    most_starts: int = 0  # by one decision
+    held: list[str] | None = None  # `Decision.more`, of which the planner isn't told at once
     asked: Asked = field(init=False)
 
     def __post_init__(self) -> None:
@@ -101,6 +103,7 @@ class Run:
         return str(self.rows[key].status)
 
     def _do(self, decision: Decision) -> None:
+        self.most_starts = max(self.most_starts, sum(isinstance(one, Start) for one in decision.actions))
         for action in decision.actions:
             row = self.rows.get(action.key, StepState())
             assert row.status not in ENDED, f"{action} on what has ended: {row}"
@@ -136,6 +139,10 @@ class Run:
         if decision.end is not None:
             assert self.end is None, "a run ends once"
             self.end = decision.end
+        if self.held is not None:
+            self.held += decision.more
+        elif decision.more:
+            self.tell(*decision.more)
 
 
 def flow(*steps: Step, **more: Any) -> Workflow:

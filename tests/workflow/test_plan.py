@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from swarm.cel.jail import Jail
 from swarm.model import RunStatus, StepStatus
+from swarm.workflow import fan_out
 from swarm.workflow.definition import Approval, ForEach, Repeat, Step
 from swarm.workflow.state import ENDED, WAITING, RunContext, StepState
 from swarm.workflow.structure import Graph
@@ -261,6 +263,37 @@ def test_when_for_each_item() -> None:
     assert ours.rows["a"].outputs == [1, None, 3]
 
 
+@pytest.mark.parametrize("max_parallel", [None, 150])
+def test_a_hundred_items_at_most_start_by_one_decision(max_parallel: int | None) -> None:
+    each = ForEach(items=list(range(390)), max_parallel=max_parallel)
+    ours = run(step("a", for_each=each, when="${item > 50}"), step("b", "a"))
+    started = 390 - 51 if max_parallel is None else 150
+    assert ours.live() == [f"a[{n}]" for n in range(51, 51 + started)], "without the end of any"
+    assert ours.most_starts == 100
+    ours.finish("a[51]")
+    assert len(ours.live()) == (started - 1 if max_parallel is None else 150)
+
+
+def test_items_that_were_to_start_do_not_when_the_step_has_ended() -> None:
+    each = ForEach(items=list(range(250)), join="any")
+    ours = Run(Graph(flow(step("a", for_each=each), step("b", "a"))), held=[])
+    assert len(ours.live()) == 100 and ours.held == ["!more a"]
+    ours.finish("a[7]")
+    assert ours.live() == ["b"] and ours.status("a[200]") == "cancelled"
+    ours.tell("!more a")
+    assert ours.live() == ["b"]
+
+
+def test_an_end_before_the_others_start_starts_no_fewer() -> None:
+    ours = Run(Graph(flow(step("a", for_each=ForEach(items=list(range(250)))))), held=[])
+    ours.finish("a[7]")
+    assert len(ours.live()) == 199 and ours.held == ["!more a", "!more a"]
+    ours.tell(*ours.held)
+    assert len(ours.live()) == 249
+    again = Run(ours.graph, ours.known, rows=ours.rows)
+    assert again.history == []
+
+
 def test_repeat_until() -> None:
     with Jail() as jail:
         ours = run(
@@ -375,21 +408,29 @@ def _is_timed(graph: Graph, key: str) -> bool:
 
 
 @settings(max_examples=400, deadline=None)
-@given(workflows(), st.booleans(), st.booleans(), st.data())
+@given(workflows(), st.booleans(), st.booleans(), st.sampled_from([1, 2, 100]), st.data())
 def test_whatever_happens_the_run_ends_right(
-    steps: tuple[Step, ...], fail_fast: bool, handlers: bool, data: st.DataObject
+    steps: tuple[Step, ...], fail_fast: bool, handlers: bool, most: int, data: st.DataObject
 ) -> None:
+    with mock.patch.object(fan_out, "MAX_STARTS", most):
+        _ends_right(steps, fail_fast, handlers, data)
+
+
+def _ends_right(steps: tuple[Step, ...], fail_fast: bool, handlers: bool, data: st.DataObject) -> None:
     more = {"on_error": (step("h"),), "on_success": (step("g"),)} if handlers else {}
     graph = Graph(flow(*steps, fail_fast=fail_fast, **more))
-    ours = Run(graph, RunContext(inputs={"yes": True, "no": False}))
+    ours = Run(graph, RunContext(inputs={"yes": True, "no": False}), held=[])
     for _ in range(200):
         if ours.end is not None:
             break
-        choices = [*ours.live(), *ours.waiting()]
+        choices = [*ours.live(), *ours.waiting(), *(ours.held or ())]
         assert choices, f"stuck: {ours.rows}"
         timed = [one for one, row in ours.rows.items() if row.status == StepStatus.RUNNING and _is_timed(graph, one)]
         key = data.draw(st.sampled_from([*choices, *timed]))
-        if key in timed:
+        if ours.held and key in ours.held:
+            ours.held.remove(key)
+            ours.tell(key)
+        elif key in timed:
             ours.tell(f"!over {key}")
         elif ours.status(key) == WAITING:
             ours.answer(key, approved=data.draw(st.booleans()))
@@ -401,9 +442,10 @@ def test_whatever_happens_the_run_ends_right(
             row.status not in ENDED for key, row in ours.rows.items() if graph.phase.get(key) == ours.progress.phase
         )
         assert ours.progress.open == counted
-        if ours.end is None and data.draw(st.integers(0, 5)) == 0:  # a crash: everything from the rows alone
+        # A crash: everything from the rows alone.
+        if ours.end is None and not ours.held and data.draw(st.integers(0, 5)) == 0:
             before, history, sources = dict(ours.rows), list(ours.history), ours.sources
-            ours = Run(graph, ours.known, rows=ours.rows)
+            ours = Run(graph, ours.known, rows=ours.rows, held=[])
             assert ours.history == [], "nothing is started twice, and nothing was forgotten"
             assert {k: replace(v, fan_out=None) for k, v in before.items()} == {
                 k: replace(v, fan_out=None) for k, v in ours.rows.items()

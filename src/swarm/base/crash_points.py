@@ -6,9 +6,9 @@ engine that way and then shows that a restart recovers. `reach` costs one compar
 A point is named after the step just completed: ``claimed``, ``placed`` (the VM runs, its number isn't written yet),
 ``flushed``, ``renewed``, ``executed`` (the VM is gone, its outcome isn't written yet), ``finished``. The store adds
 ``claim:uncommitted``, ``claim:committed``, and likewise for finish, running, renew and append; ``decided`` and
-``apply:…`` for a workflow decision too expensive for a transaction; ``fire:…`` for the tickets of a schedule. Of
-sandboxes: ``sandbox:started`` (its row doesn't say so yet), ``sandbox:saved`` (its VM is gone, and its row doesn't know
-of the snapshot). The suffix ``@3`` means the third time.
+``apply:…`` for a workflow decision too expensive for a transaction, ``write_items:…`` for rows that are written ahead
+of one; ``fire:…`` for the tickets of a schedule. Of sandboxes: ``sandbox:started`` (its row doesn't say so yet),
+``sandbox:saved`` (its VM is gone, and its row doesn't know of the snapshot). The suffix ``@3`` means the third time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ POINTS = (
 )  # fmt: skip
 OF_SANDBOXES = ("sandbox:started", "sandbox:saved")
 OF_SCHEDULES = ("fire:uncommitted", "fire:committed")
-OF_WORKFLOWS = ("decided", "apply:uncommitted", "apply:committed")  # of decisions made outside a transaction
+# Of decisions made outside a transaction; and of the items of large fan-outs, whose rows are written ahead.
+OF_WORKFLOWS = ("decided", "apply:uncommitted", "apply:committed")
+OF_ITEMS = ("write_items:uncommitted", "write_items:committed")
 
 armed: str | None = None
 _left = 0
@@ -33,7 +35,7 @@ def arm(spec: str) -> None:
     """Die at a point: ``name`` or ``name@count``. Raises ValueError for an unknown name."""
     global armed, _left
     name, _, count = spec.partition("@")
-    known = (*POINTS, *OF_SANDBOXES, *OF_SCHEDULES, *OF_WORKFLOWS)
+    known = (*POINTS, *OF_SANDBOXES, *OF_SCHEDULES, *OF_WORKFLOWS, *OF_ITEMS)
     if name not in known:
         raise ValueError(f"unknown crash point {name!r}; use one of {', '.join(known)}")
     armed, _left = name, int(count or 1)

@@ -130,7 +130,7 @@ class Store:
         self._queue = Claimer(self._workflows)
         self._finisher = finish.Finisher(self._workflows, over_budget, self.isolation, self._queue.maintenance)
         finisher = self._finisher
-        untold = (*UNTOLD, finisher.append, finisher.renew, finisher.running)
+        untold = (*UNTOLD, finisher.append, finisher.renew, finisher.running, self._workflows.write_items)
         shared = (self._queue.claim, finisher.finish, finisher.append, finisher.renew, finisher.running)
         joined = (finisher.finish, self._queue.claim)
         self._write = IsolatingThread(db, self.isolation, untold=untold, shared=shared, joined=joined)

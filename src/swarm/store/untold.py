@@ -9,9 +9,10 @@ from swarm.store.runs import artifacts
 from swarm.store.sandboxes import holding, taking
 from swarm.store.tickets import tickets
 
-# After a power failure no agent runs, so these tell nobody anything: heartbeats; and, of a store's own Finisher, what
-# agents print, leases and VM numbers. Who holds a sandbox, and that its VM runs: none does then, so it is paused, and
-# its snapshot whole or found to be damaged; or it is started anew.
+# After a power failure no agent runs, so these tell nobody anything: heartbeats; of a store's own Finisher, what agents
+# print, leases and VM numbers; and of its WorkflowEngine, items of fan-outs that have not begun. Who holds a sandbox,
+# and that its VM runs: none does then, so it is paused, and its snapshot whole or found to be damaged; or it is started
+# anew.
 _WRITTEN: Final = (workers.heartbeat, taking.take, holding.running, holding.renew, holding.used)
 # What engines ask for themselves.
 _READ: Final = (

@@ -13,6 +13,7 @@ from swarm.workflow.definition import ForEach, Step, Workflow
 from swarm.workflow.planner_base import LIVE, PlannerBase, Tally, kind, was
 from swarm.workflow.state import (
     ENDED,
+    MORE,
     Cancel,
     Child,
     Complete,
@@ -27,6 +28,7 @@ from swarm.workflow.state import (
 )
 
 MAX_ITEMS: Final = 10_000  # of one for_each
+MAX_STARTS: Final = 100  # of items by one decision, which is one transaction
 _FAN_OUT_BUDGET: Final = (64 << 20, 100_000)  # bytes of inputs, and expressions, for all its items together
 
 
@@ -134,11 +136,15 @@ class FanOut(PlannerBase):
         if verdict == "wait":
             limit = step.for_each.max_parallel or fan_out.count
             while fan_out.running < limit and fan_out.next < fan_out.count:
+                if self._items_started >= MAX_STARTS:
+                    self._more[f"{MORE}{step.id}"] = None
+                    break
                 key = f"{step.id}[{fan_out.next}]"
                 child = self._state(key)
                 fan_out = replace(fan_out, next=fan_out.next + 1)
                 if child.status == StepStatus.PENDING:
                     self._start(key, step, child.inputs)
+                    self._items_started += 1
                     fan_out = replace(fan_out, running=fan_out.running + 1)
             self._update(step, fan_out)
             return
@@ -152,6 +158,11 @@ class FanOut(PlannerBase):
             return
         why = "enough other items succeeded" if verdict == "met" else "too many other items failed"
         self._conclude(step, step.for_each, fan_out, why, met=verdict == "met")
+
+    def _start_more(self, step: Step) -> None:
+        state = self._state(step.id)
+        if state.status == StepStatus.RUNNING and state.fan_out is not None and step.for_each is not None:
+            self._advance(step, state.fan_out)
 
     def _choose_now(self, step: Step) -> None:
         """The time of all items together is over: those that have succeeded count."""

@@ -28,6 +28,7 @@ from swarm.workflow.fan_out import FanOut
 from swarm.workflow.planner_base import LIVE, Tally, was
 from swarm.workflow.state import (
     ENDED,
+    MORE,
     OVER,
     WAITING,
     Ask,
@@ -97,10 +98,15 @@ class _Planner(FanOut):
                 self._next_phase()
             else:
                 break
-        return Decision(actions=tuple(self._actions), progress=self._progress, end=self._end)
+        more = () if self._end is not None else tuple(self._more)
+        return Decision(actions=tuple(self._actions), progress=self._progress, end=self._end, more=more)
 
     def changed(self, key: str) -> None:
-        """A step or child has ended, or has got a person's verdict; or (`OVER`) the time of a fan-out is over."""
+        """A step or child has ended, or has got a person's verdict; or (`OVER`) the time of a fan-out is over, or
+        (`MORE`) it may go on."""
+        if key.startswith(MORE):
+            self._start_more(self._graph.steps[key.removeprefix(MORE)])
+            return
         if key.startswith(OVER):
             self._choose_now(self._graph.steps[key.removeprefix(OVER)])
             return

@@ -69,6 +69,8 @@ class PlannerBase:
         self._actions: list[Action] = []
         self._ended: deque[str] = deque()  # steps that have ended and are not processed yet
         self._end: End | None = None
+        self._items_started = 0
+        self._more: dict[str, None] = {}  # see `Decision.more`; in order, each once
 
     # --- states ---
 

@@ -11,6 +11,7 @@ from swarm.workflow.definition import Step, Workflow
 
 WAITING: Final = StepStatus.WAITING
 OVER: Final = "!over "  # before a step's key: the time of its fan-out is over
+MORE: Final = "!more "  # before a step's key: its fan-out may start more items
 ENDED: Final[frozenset[str]] = frozenset(
     {StepStatus.COMPLETED, StepStatus.FAILED, StepStatus.CANCELLED, StepStatus.SKIPPED}
 )
@@ -184,8 +185,10 @@ class End:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """Carry out the actions in order, store the progress, and end the run if ``end`` is set, in one transaction."""
+    """Carry out the actions in order, store the progress, and end the run if ``end`` is set, in one transaction.
+    ``more``: tell the planner of these next, in a decision of its own."""
 
     actions: tuple[Action, ...]
     progress: RunProgress
     end: End | None = None
+    more: tuple[str, ...] = ()

@@ -30,6 +30,7 @@ class Graph:
                 self.dependants[need].append(step.id)
         # Steps of whose VMs other steps start in forks.
         self.sources = {step.from_step for step in self.steps.values() if step.from_step is not None}
+        self.fan_outs = {step.id for step in self.steps.values() if step.for_each or step.repeat}
         self.timed = any(step.for_each and step.for_each.timeout_seconds for step in self.steps.values())
         self.leaves = [step.id for step in workflow.steps if not self.dependants[step.id]]
         # A `when` that uses the item is evaluated for each item; others once, before there are items.

@@ -8,6 +8,7 @@ import json
 import socket
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from hypothesis import strategies as st
 from swarm.admin.prove import judge
 from swarm.errors import LeaseLost
 from swarm.model import Claim, Failed, FailureReason, Interrupted, Outcome, Succeeded
+from swarm.store.runs import items, limits
 from swarm.store.store import Store
+from swarm.workflow import fan_out
 from tests.store.databases import LEASE, Backend, Outside, insert, left_overs
 from tests.store.flows import register
 from tests.store.runs.workflows import INSIDE, OUTSIDE
@@ -82,9 +85,17 @@ def _has_one_vm(step: Mapping[str, Any]) -> bool:
 MOVES = st.sampled_from(["ok", "ok", "ok", "ok", "fail", "fail", "lost", "back", "restart", "two at once"])
 
 
-@pytest.mark.parametrize("planning_seconds", [INSIDE, OUTSIDE], ids=["in the transaction", "outside"])
-def test_any_workflow(backend: Backend, planning_seconds: float) -> None:
-    @settings(max_examples=round(30 * backend.share), deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize("place", ["in the transaction", "on a thread", "in a process"])
+def test_any_workflow(backend: Backend, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    planning_seconds = INSIDE if place == "in the transaction" else OUTSIDE
+    monkeypatch.setattr(fan_out, "MAX_STARTS", 1)
+    if place != "in the transaction":
+        monkeypatch.setattr(items, "BATCH_ROWS", 1)  # rows are written ahead from the second item on
+    if place == "in a process":
+        monkeypatch.setattr(limits, "ON_THREAD", replace(limits.ON_THREAD, steps=-1))
+    examples = round(30 * backend.share / (2 if place == "in a process" else 1))
+
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
     @given(
         steps=workflows(),
         fail_fast=st.booleans(),

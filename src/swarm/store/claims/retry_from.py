@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -69,7 +69,7 @@ def retry_from(tx: Tx, request: RetryRequest) -> None:
     if last is None:
         raise Conflict(f"the ticket {shown(ticket.id)} has no workflow run to continue; retry it without --from")
     graph = Graph(definition.from_json(json.loads(last.definition)))
-    rows = tx.all(_STEPS, run_id=last.id)
+    rows = _begun(tx.all(_STEPS, run_id=last.id))
     step, number = _find(graph, request.step, {row.step_id for row in rows})
     rerun = _to_rerun(graph, step, {row.step_id: row.status for row in rows}, kept=step if number is not None else None)
     if step in rerun:  # the VM that its items start from is gone, so all of them run again
@@ -90,6 +90,12 @@ def retry_from(tx: Tx, request: RetryRequest) -> None:
         "ticket", TicketState.READY, TicketState.IN_PROGRESS, ticket_id=ticket.id, why=f"from {request.step}"
     )
     changes.flush()
+
+
+def _begun(rows: Sequence[Row]) -> list[Row]:
+    """Without items that were written ahead of a decision that never came."""
+    fan_outs = {row.step_id for row in rows if row.fan_out is not None}
+    return [row for row in rows if not row.step_id.endswith("]") or row.step_id.rpartition("[")[0] in fan_outs]
 
 
 def _find(graph: Graph, wanted: str, ran: Collection[str]) -> tuple[str, int | None]:

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from swarm.model import Agent, RunStatus, StepStatus, TicketState
 from swarm.store.registry.agents import Agents
-from swarm.store.runs import artifacts, fan_outs, packing
-from swarm.store.runs.decision import ALL_STEPS, STEPS, Decided, Run
+from swarm.store.runs import artifacts, fan_outs, items, packing
+from swarm.store.runs.decision import STEPS, Decided, Run
 from swarm.store.runs.definitions import Definition
 from swarm.store.runs.packing import Packed
 from swarm.store.sql.dialect import Sql
@@ -130,18 +130,15 @@ class _Work:
         self._unstartable: list[str] = []
 
     def run(self, actions: Sequence[Action]) -> bool:
-        known = self._decided.rows
-        for row in filter(None, (known or {}).values()):
+        for row in filter(None, (self._decided.rows or {}).values()):
             self._load(row)
-        if self._run.progress is None:
-            for row in self._tx.all(ALL_STEPS, run_id=self._run.id) if known is None else ():
-                self._load(row)
-            for key in self._definition.graph.steps:
-                if key not in self._steps:
-                    self._add(key, StepStatus.PENDING)
-        else:
-            sources = [one.source for one in actions if isinstance(one, Start) and one.source is not None]
-            self._read([*(action.key for action in actions), *sources])
+        begins = self._definition.graph.steps if self._run.progress is None else ()
+        if not begins or self._decided.rows is None:  # else all of them were read
+            sources = [one.source for one in actions if isinstance(one, Start) and one.source]
+            self._read([*begins, *(action.key for action in actions), *sources])
+        for key in begins:
+            if key not in self._steps:
+                self._add(key, StepStatus.PENDING)
         for key, step in self._steps.items():
             if step.status in ENDED and self._decided.seen.get(key, step.status) not in ENDED:
                 return False
@@ -183,10 +180,12 @@ class _Work:
         step, now = self._step(key), self._tx.now
         before, step.status, step.error, step.touched = step.status, after, message(error), True
         step.available_at = values.pop("available_at", None)
-        step.values |= values
+        step.values |= {name: value for name, value in values.items() if value is not None}
         if after == StepStatus.RUNNING:
             step.started_at = step.values["started_at"] = now
         if after in ENDED:
+            if key in self._definition.graph.fan_outs and not step.has_fan:
+                items.drop(self._changes, self._run, key)
             since = milliseconds(step.started_at)
             step.values["completed_at"] = now
             step.values["duration_ms"] = max(0, self._tx.now_ms - since) if since is not None else None
@@ -215,6 +214,8 @@ class _Work:
             case Expand():
                 fan_out, at = dump(shallow(action.fan_out)), fan_outs.chooses_at(self._tx, graph.steps[action.key])
                 self._move(action.key, StepStatus.RUNNING, fan_out=fan_out, available_at=at).has_fan = True
+                if not self._decided.ahead:
+                    items.drop(self._changes, self._run, action.key)
                 for child in action.children:
                     added = self._add(child.key, StepStatus.PENDING, inputs=self._packed(child.inputs))
                     if child.skip:
@@ -239,6 +240,12 @@ class _Work:
         artifacts.keep(self._tx, self._run.row.ticket_id, packed.parts)
         return packed.text
 
+    def _inputs(self, action: Start | StartWorkflow) -> str | None:
+        """None if the row has them: an item's."""
+        step = self._step(action.key)
+        has_them = action.key.endswith("]") and (not step.new or step.values["inputs"] is not None)
+        return None if has_them else self._packed(action.inputs)
+
     def _start(self, action: Start) -> None:
         agent = self._agents.named(self._tx, action.agent)
         if not isinstance(agent, Agent):
@@ -253,7 +260,7 @@ class _Work:
             agent_id=agent.id,
             agent_name=agent.name,
             agent_version=agent.version,
-            inputs=self._packed(action.inputs),
+            inputs=self._inputs(action),
             queued_at=self._tx.now,
             max_attempts=step.retry.max_attempts if step.retry else ticket_tries or agent.retry.max_attempts,
             timeout_seconds=step.timeout_seconds or agent.timeout_seconds,
@@ -265,7 +272,7 @@ class _Work:
         )
 
     def _start_workflow(self, action: StartWorkflow) -> None:
-        step = self._move(action.key, StepStatus.RUNNING, inputs=self._packed(action.inputs))
+        step = self._move(action.key, StepStatus.RUNNING, inputs=self._inputs(action))
         inner, seconds = self._definition.within[action.step.id], action.step.timeout_seconds
         id_ = new_id(self._tx.now_ms)
         self._changes.add(_INSERT_DEFINITION, digest=inner.digest, definition=inner.text)
@@ -324,15 +331,15 @@ class _Work:
         self._write_steps()
         # Steps that this decision ended need no further processing, even if someone else ended them too.
         processed = {*self._decided.processed, *(key for key, step in self._steps.items() if step.status in ENDED)}
-        unprocessed = [key for key in run.unprocessed or () if key not in processed]
+        unprocessed = [*(key for key in run.unprocessed or () if key not in processed), *decision.more]
         if run.row.definition is None:
             self._changes.add(_INSERT_DEFINITION, digest=definition.digest, definition=definition.text)
-        context, deadline_at = self._decided.context, self._decided.deadline_at or run.row.deadline_at
+        deadline_at = self._decided.deadline_at or run.row.deadline_at
         self._changes.add(
             _SET_RUN,
             id=run.id,
             definition=definition.digest,
-            context=dump(shallow(context)) if context is not None else None,
+            context=self._decided.context,
             progress=dump(shallow(decision.progress)),
             unprocessed=dump(unprocessed) if unprocessed else None,
             due_at=run.row.due_at

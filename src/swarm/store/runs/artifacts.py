@@ -85,14 +85,19 @@ def of_ticket(tx: Tx, ticket_id: str, digest: str) -> str:
     return str(row.data)
 
 
+def text(tx: Tx, digest: str) -> str:
+    """The JSON text of an artifact. Raises `Gone` for one that was deleted."""
+    row = tx.first(_DATA, digest=digest)
+    if row is None:
+        raise Gone(_gone(digest))
+    return str(row.data)
+
+
 def loader(tx: Tx) -> Callable[[str], Any]:
-    """For `unpack`, until the transaction ends. Raises `Gone` for an artifact that was deleted."""
+    """For `unpack`, until the transaction ends. Raises `Gone`."""
 
     def load(digest: str) -> Any:
-        row = tx.first(_DATA, digest=digest)
-        if row is None:
-            raise Gone(_gone(digest))
-        return unpack(row.data, load)
+        return unpack(text(tx, digest), load)
 
     return load
 

@@ -1,4 +1,5 @@
-"""Makes the decisions that are too expensive for a transaction: on a reading thread, from a snapshot."""
+"""Makes the decisions that are too expensive for a transaction, from a snapshot: on a reading thread, or in a process
+if they read or make much. The rows of a large fan-out's items are written ahead, a few at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +10,10 @@ from collections.abc import Iterable
 from swarm.base import crash_points
 from swarm.base.log import logger
 from swarm.errors import SwarmError
+from swarm.store.runs import items, limits
 from swarm.store.runs.decision import Decided
+from swarm.store.runs.decision_process import DecisionProcess
+from swarm.store.runs.items import Batch
 from swarm.store.runs.workflow_engine import WorkflowEngine
 from swarm.store.sql.connection import Connection
 from swarm.store.sql.database import Database
@@ -28,6 +32,8 @@ class BackgroundPlanner:
         self._workflows = workflows
         self._write = write
         self._reader: ConnectionThread | None = None
+        self._process = DecisionProcess(db)
+        self._asking = asyncio.Lock()  # one thread waits for the process: threads are few, and shared
         self._deciding: dict[str, asyncio.Task[None]] = {}  # by run
 
     def take_up(self, runs: Iterable[str]) -> None:
@@ -50,21 +56,16 @@ class BackgroundPlanner:
         await asyncio.gather(*self._deciding.values(), return_exceptions=True)
         if self._reader is not None:
             await self._reader.close()
+        await asyncio.to_thread(self._process.close)
         await asyncio.to_thread(self._workflows.close)
 
     async def _advance(self, run: str) -> None:
-        self._reader = self._reader or ConnectionThread(self._db, write=False)
-
-        def decide(connection: Connection) -> Decided | None:
-            with self._db.transaction(connection) as tx:
-                return self._workflows.decide(tx, run)
-
         try:
             again = True
             while again:
-                decided = await self._reader.call_raw(decide)
+                decided, batches = await self._decide(run)
                 crash_points.reach("decided")
-                again = decided is not None and await self._write.call_batch(self._workflows.apply, decided)
+                again = decided is not None and await self._apply(decided, batches)
         except SwarmError as error:
             log.warning("can't advance a workflow yet", run=run, error=str(error))
         except (ValueError, TypeError, LookupError, AttributeError) as error:  # a value that another program wrote
@@ -75,3 +76,26 @@ class BackgroundPlanner:
             log.exception("a decision failed", run=run)
         finally:
             del self._deciding[run]
+
+    async def _decide(self, run: str) -> tuple[Decided | None, Iterable[Batch]]:
+        """And what is to be written ahead of it."""
+        self._reader = self._reader or ConnectionThread(self._db, write=False)
+
+        def decide(connection: Connection) -> Decided | None:
+            with self._db.transaction(connection) as tx:
+                return self._workflows.decide(tx, run, limits.ON_THREAD)
+
+        decided = await self._reader.call_raw(decide)
+        if decided is None:
+            return None, ()
+        if not decided.too_expensive:
+            return items.split(decided)
+        async with self._asking:
+            return await asyncio.to_thread(self._process.decide, decided, self._workflows.definitions)
+
+    async def _apply(self, decided: Decided, batches: Iterable[Batch]) -> bool:
+        """True if the run needs another decision at once."""
+        for batch in batches:
+            if not await self._write.call_batch(self._workflows.write_items, batch):
+                return False
+        return await self._write.call_batch(self._workflows.apply, decided)

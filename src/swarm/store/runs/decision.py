@@ -8,20 +8,24 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from swarm.base.manifest import Invalid
-from swarm.cel import artifact_refs, evaluate
+from swarm.cel import artifact_refs
 from swarm.cel.evaluate import Evaluator
-from swarm.cel.expression import Expression, ExpressionError
+from swarm.cel.expression import ExpressionError
+from swarm.cel.jail import Jail
 from swarm.errors import NotFound, StoreError
 from swarm.model import RunStatus
 from swarm.store.registry.agents import by_version
 from swarm.store.runs import artifacts, packing
-from swarm.store.runs.definitions import NAMED, Definition, Definitions, Known, TooExpensive, names
+from swarm.store.runs.definitions import NAMED, Definition, Definitions, Known, names
+from swarm.store.runs.limits import Limits, TooExpensive, evaluator
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.reads import Read, among
-from swarm.store.sql.rows import dump, lenient, milliseconds
+from swarm.store.sql.rows import dump, lenient, milliseconds, shallow
 from swarm.store.sql.transaction import Row, Tx
 from swarm.workflow import plan, structure
+from swarm.workflow.fan_out import MAX_STARTS
 from swarm.workflow.state import (
+    MORE,
     Action,
     Complete,
     Decision,
@@ -37,10 +41,6 @@ from swarm.workflow.state import (
 )
 from swarm.workflow.structure import Graph
 
-# What one decision may read and evaluate while the write lock is held.
-_TRANSACTION_BYTES: Final = 64 << 10
-_TRANSACTION_STEPS: Final = 1000
-_TRANSACTION_EXPRESSIONS: Final = 500
 _EXPECTED: Final = 64  # steps, and agents, that are read before it is certain that they are needed
 
 TIME_IS_UP: Final = "!deadline"  # in a run's `unprocessed`, beside keys of steps, none of which can have this name
@@ -90,18 +90,24 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decided:
-    """A decision and what it is based on; or, with ``failure``, why the run can't go on."""
+    """A decision and what it is based on; or, with ``failure``, why the run can't go on. With neither, it was too
+    expensive where it was tried."""
 
     run_id: str
     revision: int
     processed: Sequence[str]  # the entries of the run's `unprocessed` that it takes into account
     seen: Mapping[str, str] = field(default_factory=dict)  # the statuses of the steps that it looked at
     definition: Definition | None = None
-    context: RunContext | None = None  # only with the run's first decision
+    context: str | None = None  # JSON; only with the run's first decision
     decision: Decision | None = None
     rows: Mapping[str, Row | None] | None = None  # of all steps that it looked at, if this transaction has read them
     failure: str | None = None
     deadline_at: int | None = None  # a new deadline for the run
+    ahead: bool = False  # the items of its fan-outs have been written
+
+    @property
+    def too_expensive(self) -> bool:
+        return self.decision is None and self.failure is None
 
 
 def load_live(tx: Tx, id: str) -> Run | None:
@@ -134,7 +140,7 @@ def expected(definitions: Definitions, run_id: str, keys: Sequence[str]) -> Iter
         yield ALL_STEPS, {"run_id": run_id}
         starts = [one for one, step in graph.steps.items() if not step.needs]
     else:
-        if definitions.contexts.get(run_id) is None:
+        if definitions.contexts.get(run_id) is None and not definitions.large.get(run_id):
             yield _CONTEXT, {"id": run_id}
         touched = dict.fromkeys(_touched_by(graph, keys))
         if 0 < len(touched) <= _EXPECTED:
@@ -146,12 +152,12 @@ def expected(definitions: Definitions, run_id: str, keys: Sequence[str]) -> Iter
 
 
 class Steps(Mapping[str, StepState]):
-    """The states of a run's steps, read on demand. ``in_transaction``: raises TooExpensive for too many."""
+    """The states of a run's steps, and the artifacts in them, read on demand. Raises TooExpensive for too many."""
 
-    def __init__(self, tx: Tx, run: Run, *, in_transaction: bool) -> None:
+    def __init__(self, tx: Tx, run: Run, limits: Limits) -> None:
         self._tx = tx
         self._run = run
-        self._in_transaction = in_transaction
+        self._limits = limits
         self._bytes = 0
         self._all = False
         self.rows: dict[str, Row | None] = {}
@@ -165,13 +171,16 @@ class Steps(Mapping[str, StepState]):
 
     def read_all(self) -> None:
         self._all = True
-        self._keep(self._tx.all(ALL_STEPS, run_id=self._run.id))
+        found, more = self._tx.some(ALL_STEPS, self._limits.data_bytes, run_id=self._run.id)
+        if more:
+            raise TooExpensive
+        self._keep(found)
 
     def _keep(self, rows: Sequence[Row]) -> None:
         for row in rows:
             self.rows[self._run.key(row.step_id)] = row
             self._bytes += len(row.inputs or "") + len(row.outputs or "")
-        if self._in_transaction and (self._bytes > _TRANSACTION_BYTES or len(self.rows) > _TRANSACTION_STEPS):
+        if self._bytes > self._limits.data_bytes or len(self.rows) > self._limits.steps:
             raise TooExpensive
 
     def __getitem__(self, key: str) -> StepState:
@@ -182,18 +191,22 @@ class Steps(Mapping[str, StepState]):
             raise KeyError(key)
         return StepState(
             status=row.status,
-            inputs=packing.unpack(row.inputs, self._load),
-            outputs=packing.unpack(row.outputs, self._load),
+            inputs=packing.unpack(row.inputs, self.load),
+            outputs=packing.unpack(row.outputs, self.load),
             error=row.error,
             fan_out=FanOutState(**json.loads(row.fan_out)) if row.fan_out is not None else None,
             verdict=Verdict(**json.loads(row.verdict)) if row.verdict is not None else None,
         )
 
-    def _load(self, digest: str) -> Any:
+    def load(self, digest: str) -> Any:
         """The value of an artifact, for an expression that looks into it."""
-        if self._in_transaction:
+        if self._limits.locked:
             raise TooExpensive
-        return artifacts.loader(self._tx)(digest)
+        text = artifacts.text(self._tx, digest)
+        self._bytes += len(text)
+        if self._bytes > self._limits.data_bytes:
+            raise TooExpensive
+        return packing.unpack(text, self.load)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.rows)
@@ -202,43 +215,30 @@ class Steps(Mapping[str, StepState]):
         return len(self.rows)
 
 
-@dataclass(slots=True)
-class TransactionEvaluator:
-    """The writing thread's `Evaluator`: a limited number of cheap expressions. Raises TooExpensive for others."""
-
-    left: int = field(default=_TRANSACTION_EXPRESSIONS)
-
-    def evaluate(self, expression: Expression, names: Mapping[str, Any]) -> Any:
-        self.left -= 1
-        if self.left < 0 or not (expression.plain or expression.cheap):
-            raise TooExpensive
-        done, value, _ = evaluate.attempt(expression, names)
-        if not done:
-            raise TooExpensive
-        return value
-
-
-def decide(tx: Tx, run: Run, definitions: Definitions, evaluator: Evaluator, *, in_transaction: bool) -> Decided:
+def decide(tx: Tx, run: Run, definitions: Definitions, jail: Jail | None, limits: Limits) -> Decided:
     """What follows from a run's unprocessed steps; if there are none, or the run has just begun, from all its steps.
 
-    ``in_transaction``: the caller holds the write lock; then this may raise TooExpensive.
+    ``jail``: for expressions that aren't cheap; not used while the write lock is held.
     """
     processed = tuple(dict.fromkeys(run.unprocessed or ()))
     basis = Decided(run_id=run.id, revision=run.row.revision, processed=processed)
     try:
-        return _decide(tx, run, definitions, evaluator, basis, in_transaction=in_transaction)
+        return _decide(tx, run, definitions, evaluator(limits, jail), basis, limits)
+    except TooExpensive:
+        return basis
     except RecursionError:  # only in rows that another tool wrote: the inputs of people and agents are checked
         return replace(basis, failure="a value in the rows of this run is nested too deeply")
 
 
 def _decide(
-    tx: Tx, run: Run, definitions: Definitions, evaluator: Evaluator, basis: Decided, *, in_transaction: bool
+    tx: Tx, run: Run, definitions: Definitions, evaluator: Evaluator, basis: Decided, limits: Limits
 ) -> Decided:
+    steps = Steps(tx, run, limits)
     try:
-        definition, context = _prepare(tx, run, definitions, evaluator, in_transaction=in_transaction)
+        definition, context = _prepare(tx, run, definitions, evaluator, steps, limits)
     except (ExpressionError, NotFound, StoreError, Invalid) as error:
         return replace(basis, failure=str(error))
-    graph, steps, deadline_at = definition.graph, Steps(tx, run, in_transaction=in_transaction), None
+    graph, deadline_at = definition.graph, None
     if TIME_IS_UP in basis.processed:
         why = time_is_up(tx, run)
         steps.read_all()
@@ -251,36 +251,40 @@ def _decide(
         decision = plan.resume(graph, context, steps, evaluator)
     else:
         steps.read(_touched_by(graph, basis.processed))
+        steps.read(_next_items(steps, basis.processed))
         decision = plan.advance(graph, context, run.progress, steps, basis.processed, evaluator)
+    if sum(len(one.children) for one in decision.actions if isinstance(one, Expand)) > limits.items:
+        raise TooExpensive
     if run.row.parent_step_id is None:
-        decision = _resolve_outputs(decision, in_transaction=in_transaction)
-    if not in_transaction:
+        decision = _resolve_outputs(decision)
+    if not limits.locked:
         decision = packed(decision, root=run.row.parent_step_id is None)
     definitions.known.put(run.id, Known(definition=definition, path=run.row.path))
     return replace(
         basis,
         seen={key: row.status for key, row in steps.rows.items() if row is not None},
         definition=definition,
-        context=context if run.progress is None else None,
+        context=dump(shallow(context)) if run.progress is None else None,
         decision=decision,
-        rows=steps.rows if in_transaction else None,
+        rows=steps.rows if limits.locked else None,
         deadline_at=deadline_at,
     )
 
 
 def _prepare(
-    tx: Tx, run: Run, definitions: Definitions, evaluator: Evaluator, *, in_transaction: bool
+    tx: Tx, run: Run, definitions: Definitions, evaluator: Evaluator, steps: Steps, limits: Limits
 ) -> tuple[Definition, RunContext]:
     if run.row.definition is not None:
-        definition = definitions.frozen(tx, run.row.definition, in_transaction=in_transaction)
+        definition = definitions.frozen(tx, run.row.definition, in_transaction=limits.locked)
     else:
-        definition = definitions.pinned(tx, run.row.workflow_id, in_transaction=in_transaction)
+        definition = definitions.pinned(tx, run.row.workflow_id, in_transaction=limits.locked)
     if (known := definitions.contexts.get(run.id)) is not None:
         return definition, known
-    if run.progress is not None and (stored := _stored_context(tx, run, in_transaction=in_transaction)) is not None:
-        return definition, definitions.contexts.put(run.id, stored)
+    if run.progress is not None and (text := _stored_context(tx, run, definitions, limits)) is not None:
+        stored = RunContext(**json.loads(text))
+        return definition, definitions.contexts.put(run.id, stored, len(text))
     # Not kept: the first decision may yet be undone, and another be made, of other inputs.
-    return definition, _new_context(tx, run, definition, evaluator, in_transaction=in_transaction)
+    return definition, _new_context(tx, run, definition, evaluator, steps, limits)
 
 
 def time_is_up(tx: Tx, run: Run) -> str:
@@ -302,7 +306,7 @@ def may_clean_up(tx: Tx, run: Run) -> bool:
 def _touched_by(graph: Graph, keys: Iterable[str]) -> Iterator[str]:
     """The steps that the planner will look at when these have ended, so that one statement can read them all."""
     for key in keys:
-        yield key
+        yield key.removeprefix(MORE)
         if key.endswith("]"):
             yield key[: key.rindex("[")]
         for one in graph.dependants.get(key, ()):
@@ -310,23 +314,42 @@ def _touched_by(graph: Graph, keys: Iterable[str]) -> Iterator[str]:
             yield from graph.steps[one].needs
 
 
-def _stored_context(tx: Tx, run: Run, *, in_transaction: bool) -> RunContext | None:
+def _next_items(steps: Steps, keys: Iterable[str]) -> Iterator[str]:
+    """The same of fan-outs that go on."""
+    for key in keys:
+        parent = steps.get(key.removeprefix(MORE)) if key.startswith(MORE) else None
+        if parent is not None and (fan_out := parent.fan_out) is not None:
+            upto = min(fan_out.next + MAX_STARTS, fan_out.count)
+            yield from (f"{key.removeprefix(MORE)}[{number}]" for number in range(fan_out.next, upto))
+
+
+def _stored_context(tx: Tx, run: Run, definitions: Definitions, limits: Limits) -> str | None:
+    if (definitions.large.get(run.id) or 0) > limits.context_bytes:
+        raise TooExpensive  # without reading it
     row = tx.first(_CONTEXT, id=run.id)
     if row is None or row.context is None:
         return None
-    if in_transaction and len(row.context) > _TRANSACTION_BYTES:
+    if len(row.context) > limits.context_bytes:
+        definitions.large.put(run.id, len(row.context))
         raise TooExpensive
-    return RunContext(**json.loads(row.context))
+    return str(row.context)
 
 
-def _new_context(tx: Tx, run: Run, definition: Definition, evaluator: Evaluator, *, in_transaction: bool) -> RunContext:
+def _new_context(
+    tx: Tx, run: Run, definition: Definition, evaluator: Evaluator, steps: Steps, limits: Limits
+) -> RunContext:
     row, inner = run.row, run.row.parent_step_id is not None
     given = tx.first(_STEP_INPUTS, id=row.parent_step_id) if inner else tx.first(_TICKET_INPUTS, id=row.ticket_id)
     text = (given.inputs if given is not None else None) or "{}"
-    if in_transaction and len(text) > _TRANSACTION_BYTES:
+    if len(text) > limits.context_bytes:
         raise TooExpensive
     try:
-        inputs = _resolve(tx, text, in_transaction=in_transaction) if inner else json.loads(text)
+        # Those of a nested workflow are without references: its schema checks all of them.
+        inputs = (
+            artifact_refs.resolve_references(packing.unpack(text, steps.load), limit_bytes=packing.MAX_BYTES)
+            if inner
+            else json.loads(text)
+        )
     except (ValueError, TypeError) as error:  # changed from outside since the claim
         raise ExpressionError(f"the inputs are not JSON: {error}") from None
     return structure.run_context(
@@ -339,16 +362,6 @@ def _new_context(tx: Tx, run: Run, definition: Definition, evaluator: Evaluator,
         },
         evaluator=evaluator,
     )
-
-
-def _resolve(tx: Tx, text: str, *, in_transaction: bool) -> Any:
-    """The inputs of a nested workflow, without references: its schema checks all of them."""
-
-    def refuse(digest: str) -> Any:
-        raise TooExpensive
-
-    given = packing.unpack(text, refuse if in_transaction else artifacts.loader(tx))
-    return artifact_refs.resolve_references(given, limit_bytes=packing.MAX_BYTES)
 
 
 def packed(decision: Decision, *, root: bool) -> Decision:
@@ -378,13 +391,11 @@ def packed(decision: Decision, *, root: bool) -> Decision:
     return replace(decision, actions=tuple(actions), end=end)
 
 
-def _resolve_outputs(decision: Decision, *, in_transaction: bool) -> Decision:
+def _resolve_outputs(decision: Decision) -> Decision:
     """Without references: a ticket's outputs are for people and other tools."""
     end = decision.end
     if end is None or not artifact_refs.has_any(end.outputs):
         return decision
-    if in_transaction:
-        raise TooExpensive
     try:
         outputs = artifact_refs.resolve_references(end.outputs, limit_bytes=packing.MAX_BYTES)
     except ExpressionError as error:

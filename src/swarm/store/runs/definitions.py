@@ -18,6 +18,7 @@ from swarm.cel import template
 from swarm.errors import StoreError
 from swarm.store.registry import agents, workflows
 from swarm.store.registry.workflows import WorkflowRow
+from swarm.store.runs.limits import TooExpensive
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.transaction import Tx
 from swarm.store.tickets import validation
@@ -30,12 +31,9 @@ from swarm.workflow.structure import Graph
 T = TypeVar("T")
 
 _CACHED: Final = 256
+_CACHED_BYTES: Final = 16 << 20  # of contexts, as JSON: in memory they may be thirty times as large
 _TEXT: Final = Sql("SELECT definition FROM definitions WHERE digest = :digest")
 NAMED: Final = Sql("SELECT id, name, version FROM agents WHERE name IN :ids")
-
-
-class TooExpensive(Exception):
-    """Must not be done while the database's write lock is held."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,18 +67,20 @@ class _Cache(Generic[T]):
     """Keeps the newest values. Safe for several threads."""
 
     def __init__(self) -> None:
-        self._values: dict[str, T] = {}
+        self._values: dict[str, tuple[T, int]] = {}
+        self._bytes = 0
         self._lock = threading.Lock()
 
     def get(self, key: str) -> T | None:
-        return self._values.get(key)
+        found = self._values.get(key)
+        return found[0] if found is not None else None
 
-    def put(self, key: str, value: T) -> T:
+    def put(self, key: str, value: T, size_bytes: int = 0) -> T:
         with self._lock:
-            self._values.pop(key, None)
-            self._values[key] = value
-            while len(self._values) > _CACHED:
-                del self._values[next(iter(self._values))]
+            self._bytes += size_bytes - self._values.pop(key, (value, 0))[1]
+            self._values[key] = value, size_bytes
+            while len(self._values) > _CACHED or (self._bytes > _CACHED_BYTES and len(self._values) > 1):
+                self._bytes -= self._values.pop(next(iter(self._values)))[1]
         return value
 
 
@@ -91,6 +91,7 @@ class Definitions:
         self._frozen: _Cache[Definition] = _Cache()  # by digest
         self._pinned: _Cache[_Pinned] = _Cache()  # by the workflow's id
         self.contexts: _Cache[RunContext] = _Cache()  # by run
+        self.large: _Cache[int] = _Cache()  # sizes of contexts that were too large here, by run
         self.known: _Cache[Known] = _Cache()  # by run
 
     def begun(self, run_id: str, workflow_id: str, ticket_id: str) -> None:
@@ -108,8 +109,15 @@ class Definitions:
         row = tx.first(_TEXT, digest=digest)
         if row is None:
             raise StoreError(f"the frozen workflow {digest[:12]} is gone from the table definitions")
+        return self.of_text(digest, row.definition)
+
+    def of_text(self, digest: str, text: str) -> Definition:
+        """A frozen workflow whose JSON has been read. Raises StoreError."""
+        known = self._frozen.get(digest)
+        if known is not None:
+            return known
         try:
-            return self._prepared(definition.from_json(json.loads(row.definition)))
+            return self._prepared(definition.from_json(json.loads(text)))
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             raise StoreError(f"can't read the frozen workflow {digest[:12]}: {error}") from None
 

@@ -16,7 +16,7 @@ from swarm.workflow.state import OVER, FanOutState
 from swarm.workflow.structure import Graph
 
 _TIMED: Final = "s.run_id = :run_id AND s.status = 'running' AND s.available_at"
-_NEXT: Final = Sql(f"SELECT min(s.available_at) AS at FROM step_executions s WHERE {_TIMED} > :now_ms")
+_NEXT: Final = Sql(f"SELECT min(s.available_at) AS at FROM step_executions s WHERE {_TIMED} IS NOT NULL")
 _DUE: Final = Sql(
     f"SELECT s.id, s.step_id, r.path FROM step_executions s JOIN workflow_runs r ON r.id = s.run_id "
     f"WHERE {_TIMED} <= :now_ms"
@@ -35,9 +35,10 @@ def chooses_at(tx: Tx, step: Step) -> int | None:
     return tx.now_ms + round(seconds * 1000) if seconds else None
 
 
-def next_at(tx: Tx, run_id: str) -> int | None:
-    """ms: when the next one of a run has to."""
-    (row,) = tx.all(_NEXT, run_id=run_id, now_ms=tx.now_ms)
+def next_at(changes: Changes, run_id: str) -> int | None:
+    """ms: when the next one of a run has to, or had to."""
+    changes.flush()
+    (row,) = changes.tx.all(_NEXT, run_id=run_id)
     return row.at if isinstance(row.at, int) else None
 
 
@@ -45,8 +46,7 @@ def due_at(changes: Changes, graph: Graph, run_id: str, deadline_at: int | None)
     """ms: when a run without noted decisions is due."""
     if not graph.timed:
         return deadline_at
-    changes.flush()
-    return min((at for at in (deadline_at, next_at(changes.tx, run_id)) if at is not None), default=None)
+    return min((at for at in (deadline_at, next_at(changes, run_id)) if at is not None), default=None)
 
 
 def take_up(changes: Changes, run_id: str) -> list[str]:

@@ -2,10 +2,10 @@
 
 Most decisions cost about 100 µs. They are made while the write lock is held (`advance_workflows`), so nothing can get
 lost between a step's end and what follows from it. A decision that could take long (expressions with loops, large
-values, a workflow seen for the first time) is noted in the run's row (`unprocessed`, `due_at`). The next claim of any
-engine picks it up (`process_due`), decides on another thread from a snapshot (`decide`), and writes the decision if the
-run has not changed since (`apply`). A crash at any point leaves either the end with its consequences, or the end with
-its note.
+values, many items, a workflow seen for the first time) is noted in the run's row (`unprocessed`, `due_at`). The next
+claim of any engine picks it up (`process_due`), decides from a snapshot, on another thread or in a process (`decide`),
+writes the rows of many items ahead (`write_items`), and then the decision if the run has not changed since (`apply`).
+A crash at any point leaves either the end with its consequences, or the end with its note.
 See docs/adr/0013-durable-runs.md.
 """
 
@@ -18,10 +18,12 @@ from typing import Final
 from swarm.cel.jail import Jail
 from swarm.model import Event, ExecutionMode, RunStatus, TicketState
 from swarm.store.registry.agents import Agents
-from swarm.store.runs import decision, fan_outs
+from swarm.store.runs import decision, fan_outs, items
 from swarm.store.runs.actions import carry_out, give_up
-from swarm.store.runs.decision import TIME_IS_UP, Decided, Run, TransactionEvaluator
-from swarm.store.runs.definitions import Definitions, TooExpensive
+from swarm.store.runs.decision import TIME_IS_UP, Decided, Run
+from swarm.store.runs.definitions import Definitions
+from swarm.store.runs.items import Batch
+from swarm.store.runs.limits import IN_TRANSACTION, Limits
 from swarm.store.sql.conditions import LIVE_RUN, RUN_DUE, STEP_WAITING
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import dump, lenient, new_id, shallow
@@ -51,6 +53,7 @@ _DUE: Final = Sql(
     f"SELECT id, unprocessed, deadline_at FROM workflow_runs WHERE {RUN_DUE} AND due_at <= :now_ms "
     "ORDER BY due_at LIMIT :limit"
 )
+_UNPROCESSED: Final = Sql("SELECT unprocessed FROM workflow_runs WHERE id = :id")
 _SET_DUE: Final = Sql("UPDATE workflow_runs SET due_at = :due_at WHERE id = :id")
 WAITING_COLUMNS: Final = (
     "s.id, s.run_id, s.step_id, s.attempt_id, s.error, s.question, s.verdict, r.ticket_id, r.path, r.definition, "
@@ -76,7 +79,8 @@ DISOWNED: Final = Sql(
 
 
 class WorkflowEngine:
-    """One for each process. `decide` is for a reading thread, the other methods are for the writing thread.
+    """One for each process. `decide` is for a reading thread or a `DecisionProcess`, the other methods are for the
+    writing thread.
 
     ``planning_seconds``: see `PLANNING_SECONDS`; with less than 0 every decision is made outside.
     """
@@ -135,18 +139,19 @@ class WorkflowEngine:
         if run is None:
             return
         pending, run.unprocessed = run.unprocessed is not None, [*(run.unprocessed or ()), *keys]
-        try:
-            if pending or time.monotonic() - began > self._planning_seconds:
-                raise TooExpensive
-            decided = decision.decide(changes.tx, run, self.definitions, TransactionEvaluator(), in_transaction=True)
-        except TooExpensive:
-            due_at = run.row.due_at
-            if not pending:
+        decided = None
+        if not pending and time.monotonic() - began <= self._planning_seconds:
+            decided = decision.decide(changes.tx, run, self.definitions, None, IN_TRANSACTION)
+        if decided is not None and not decided.too_expensive:
+            self._write(changes, run, decided, deciding=take_up)
+            if decided.decision is not None and decided.decision.more:
                 deferred.append(run.id)
-                due_at = changes.tx.now_ms + (_DECIDING_MS if take_up else 0)
-            changes.add(_DEFER, id=run.id, unprocessed=dump(run.unprocessed), due_at=due_at)
-        else:
-            self._write(changes, run, decided)
+            return
+        due_at = run.row.due_at
+        if not pending:
+            deferred.append(run.id)
+            due_at = changes.tx.now_ms + (_DECIDING_MS if take_up else 0)
+        changes.add(_DEFER, id=run.id, unprocessed=dump(run.unprocessed), due_at=due_at)
 
     def process_due(self, changes: Changes) -> list[str]:
         """Reject approvals that nobody answered in time, end late runs, and take up noted decisions.
@@ -172,10 +177,7 @@ class WorkflowEngine:
                 undecided.append(row.id)
             if over := fan_outs.take_up(changes, row.id):
                 changes.pending_runs.setdefault(row.id, []).extend(over)
-            choosing_at = fan_outs.next_at(tx, row.id)
-            times = [tx.now_ms + _DECIDING_MS if pending else None, row.deadline_at, choosing_at]
-            future = [time_ms for time_ms in times if time_ms is not None and time_ms > tx.now_ms]
-            changes.add(_SET_DUE, id=row.id, due_at=min(future, default=None))
+            changes.add(_SET_DUE, id=row.id, due_at=_due_at(changes, row, deciding=pending))
         return undecided + self.advance_workflows(changes, take_up=True)
 
     def apply(self, tx: Tx, decisions: Sequence[Decided]) -> Sequence[bool]:
@@ -189,16 +191,35 @@ class WorkflowEngine:
         return False
 
     def _apply(self, changes: Changes, decided: Decided) -> bool:
-        run = decision.load_live(changes.tx, decided.run_id)
-        if run is None or run.unprocessed is None or run.row.revision != decided.revision:
+        run = _undecided(changes.tx, decided.run_id, decided.revision)
+        if run is None:
             return False
-        if not self._write(changes, run, decided):
+        if not self._write(changes, run, decided, deciding=True):
             return True
         self.advance_workflows(changes)
-        after = decision.load_live(changes.tx, decided.run_id)
+        changes.flush()
+        after = changes.tx.first(_UNPROCESSED, id=decided.run_id)
         return after is not None and after.unprocessed is not None
 
-    def _write(self, changes: Changes, run: Run, decided: Decided) -> bool:
+    def write_items(self, tx: Tx, batches: Sequence[Batch]) -> Sequence[bool]:
+        """Write some rows of fan-outs ahead of their decisions. False, with nothing written, for a run that has changed
+        since."""
+        return [self._write_items(tx, batch) for batch in batches]
+
+    def _write_items(self, tx: Tx, batch: Batch) -> bool:
+        with self.isolation.of(tx) as changes:
+            for _ in changes.each([batch], lambda batch: changes.owner(batch.run_id)):
+                run = _undecided(tx, batch.run_id, batch.revision)
+                if run is None:
+                    return False
+                items.write(changes, run, batch)
+                changes.add(_SET_DUE, id=run.id, due_at=_due_at(changes, run.row, deciding=True, timed=batch.timed))
+                changes.flush()
+                return True
+        return False
+
+    def _write(self, changes: Changes, run: Run, decided: Decided, *, deciding: bool) -> bool:
+        """False if the decision came too late. ``deciding``: this process makes the run's next one at once."""
         if decided.failure is not None:
             give_up(changes, run, decided.failure)
             return True
@@ -206,19 +227,40 @@ class WorkflowEngine:
             changes.tx.exact()
         if not carry_out(changes, run, decided, self.agents):
             return False
+        if decided.decision is not None and decided.decision.more:
+            now_ms = changes.tx.now_ms
+            timed = decided.definition is None or decided.definition.graph.timed
+            due_at = _due_at(changes, run.row, deciding=True, timed=timed) if deciding else now_ms
+            changes.add(_SET_DUE, id=run.id, due_at=due_at)
         asked = decided.decision is not None and any(isinstance(one, Ask) for one in decided.decision.actions)
         if asked or run.row.state == TicketState.WAITING:
             changes.tx.exact()
             refresh_waiting(changes, run.row)
         return True
 
-    # --- on a reading thread, from a snapshot -------------------------------------------------------------------------
+    # --- from a snapshot, on a reading thread or in a process of its own ----------------------------------------------
 
-    def decide(self, tx: Tx, run_id: str) -> Decided | None:
-        run = decision.load_live(tx, run_id)
-        if run is None or run.unprocessed is None:
-            return None
-        return decision.decide(tx, run, self.definitions, self.jail.allowance(), in_transaction=False)
+    def decide(self, tx: Tx, run_id: str, limits: Limits) -> Decided | None:
+        """None if there is nothing to decide any more."""
+        run = _undecided(tx, run_id)
+        return decision.decide(tx, run, self.definitions, self.jail, limits) if run is not None else None
+
+
+def _undecided(tx: Tx, run_id: str, revision: int | None = None) -> Run | None:
+    """A run with a noted decision; None if it has changed since this ``revision``."""
+    run = decision.load_live(tx, run_id)
+    if run is None or run.unprocessed is None or revision not in (None, run.row.revision):
+        return None
+    return run
+
+
+def _due_at(changes: Changes, run: Row, *, deciding: bool, timed: bool = True) -> int | None:
+    """ms: when a run is due next, whose deadline was looked at. ``deciding``: this process has taken up its decision.
+    ``timed``: it may have fan-outs that choose by a time."""
+    now_ms, choosing_at = changes.tx.now_ms, fan_outs.next_at(changes, run.id) if timed else None
+    deadline_at = run.deadline_at if run.deadline_at is not None and run.deadline_at > now_ms else None
+    times = (now_ms + _DECIDING_MS if deciding else None, deadline_at, choosing_at)
+    return min((time_ms for time_ms in times if time_ms is not None), default=None)
 
 
 def answer(changes: Changes, row: Row, verdict: Verdict) -> None:

@@ -70,6 +70,11 @@ class Database:
         self._changed: files.OpenFiles | None = None  # what was opened before it was changed from outside
         self.place = str(self.file) if self.file else self.url
 
+    @property
+    def address(self) -> tuple[str, float]:
+        """What another process opens it with. The password is in it."""
+        return self._url, self.busy_timeout_seconds
+
     def watching(self, *, events: bool) -> AbstractAsyncContextManager[Wake]:
         return self.dialect.watching(self._url, events)
 
