@@ -6,7 +6,6 @@ Booking is not fenced, since the money is spent in any case; a call stays in the
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -22,24 +21,27 @@ from swarm.store.tickets.events import APPEND_OF_SANDBOX
 # Sums over the calls of one scope: what was spent, and what calls under way hold. Nobody will book a reservation of an
 # attempt that has ended or was deleted: it counts as spent. A one-off run has no attempt row, so its age decides.
 _LIVE: Final = "(a.id IS NOT NULL AND a.outcome IS NULL OR c.ticket_id IS NULL AND c.at >= :recent)"
-_SUMMED: Final = re.compile(r"(SUM\(|THEN |ELSE )((?:c\.)?\w*(?:_usd|tokens)\b)")
 
 
-def _bounded(sql: str) -> str:
+def _amount(column: str) -> str:
     """Without what is no amount, where another program wrote it: a sum would overflow, or be infinite, for all."""
-    return _SUMMED.sub(r"\1CASE WHEN \2 BETWEEN 0 AND 1000000000000000 THEN \2 END", sql)
+    return f"CASE WHEN {column} BETWEEN 0 AND 1000000000000000 THEN {column} END"
 
 
-_SUMS: Final = _bounded(f"""
+_USD: Final = _amount("c.cost_usd")
+_TOKENS: Final = _amount("c.tokens")
+_RESERVED_USD: Final = _amount("c.reserved_usd")
+_RESERVED_TOKENS: Final = _amount("c.reserved_tokens")
+_SUMS: Final = f"""
 SELECT
-  COALESCE(SUM(CASE WHEN c.status IS NOT NULL THEN c.cost_usd WHEN {_LIVE} THEN 0 ELSE c.reserved_usd END), 0)
+  COALESCE(SUM(CASE WHEN c.status IS NOT NULL THEN {_USD} WHEN {_LIVE} THEN 0 ELSE {_RESERVED_USD} END), 0)
     AS spent_usd,
-  COALESCE(SUM(CASE WHEN c.status IS NOT NULL THEN c.tokens WHEN {_LIVE} THEN 0 ELSE c.reserved_tokens END), 0)
+  COALESCE(SUM(CASE WHEN c.status IS NOT NULL THEN {_TOKENS} WHEN {_LIVE} THEN 0 ELSE {_RESERVED_TOKENS} END), 0)
     AS spent_tokens,
-  COALESCE(SUM(CASE WHEN c.status IS NULL AND {_LIVE} THEN c.reserved_usd END), 0) AS held_usd,
-  COALESCE(SUM(CASE WHEN c.status IS NULL AND {_LIVE} THEN c.reserved_tokens END), 0) AS held_tokens
+  COALESCE(SUM(CASE WHEN c.status IS NULL AND {_LIVE} THEN {_RESERVED_USD} END), 0) AS held_usd,
+  COALESCE(SUM(CASE WHEN c.status IS NULL AND {_LIVE} THEN {_RESERVED_TOKENS} END), 0) AS held_tokens
 FROM model_calls c LEFT JOIN attempts a ON a.id = c.attempt_id AND c.status IS NULL
-""")
+"""
 # A sandbox's: the engine that holds it will book them.
 _HELD: Final = "EXISTS (SELECT 1 FROM sandboxes b WHERE b.id = c.sandbox_id AND b.hold_id = c.attempt_id)"
 _OF_SANDBOX: Final = Sql(_SUMS.replace(_LIVE, _HELD) + "WHERE c.sandbox_id = :sandbox_id")
@@ -93,34 +95,31 @@ _GROUPS: Final[dict[By, str]] = {
     "model": "c.model",
     "day": "substr(c.at, 1, 10)",
 }
-_COSTS: Final = _bounded("""
-SELECT {group} AS name, count(*) AS calls, COALESCE(SUM(c.input_tokens), 0) AS input_tokens,
-  COALESCE(SUM(c.output_tokens), 0) AS output_tokens, COALESCE(SUM(c.cache_read_tokens), 0) AS cache_read_tokens,
-  COALESCE(SUM(c.cache_write_tokens), 0) AS cache_write_tokens, COALESCE(SUM(c.cost_usd), 0) AS cost_usd,
+_COSTS: Final = f"""
+SELECT {{group}} AS name, count(*) AS calls, COALESCE(SUM({_amount("c.input_tokens")}), 0) AS input_tokens,
+  COALESCE(SUM({_amount("c.output_tokens")}), 0) AS output_tokens,
+  COALESCE(SUM({_amount("c.cache_read_tokens")}), 0) AS cache_read_tokens,
+  COALESCE(SUM({_amount("c.cache_write_tokens")}), 0) AS cache_write_tokens, COALESCE(SUM({_USD}), 0) AS cost_usd,
   SUM(CASE WHEN c.status IS NOT NULL AND c.cost_usd IS NULL AND c.tokens > 0 THEN 1 ELSE 0 END) AS unpriced_calls,
   SUM(CASE WHEN c.status IS NULL THEN 1 ELSE 0 END) AS open_calls,
-  SUM(CASE WHEN c.{is_estimate} THEN 1 ELSE 0 END) AS estimated_calls,
-  COALESCE(SUM(CASE WHEN c.{is_estimate} THEN c.cost_usd END), 0) AS estimated_usd
-FROM model_calls c WHERE {which} GROUP BY {group} ORDER BY cost_usd DESC, name LIMIT :limit
-""")
+  SUM(CASE WHEN c.{{is_estimate}} THEN 1 ELSE 0 END) AS estimated_calls,
+  COALESCE(SUM(CASE WHEN c.{{is_estimate}} THEN {_USD} END), 0) AS estimated_usd
+FROM model_calls c WHERE {{which}} GROUP BY {{group}} ORDER BY cost_usd DESC, name LIMIT :limit
+"""
 
 # The newest calls of a range by all that they can be summed by: one read, of a bounded length, for all pictures.
 _RECENT: Final = Sql(
-    _bounded(
-        "SELECT c.hour, c.agent, c.workflow, c.model, count(*) AS calls, COALESCE(SUM(c.tokens), 0) AS tokens, "
-        "COALESCE(SUM(c.cost_usd), 0) AS cost_usd, min(c.at) AS first, "
-        "SUM(CASE WHEN c.status IS NOT NULL AND c.cost_usd IS NULL AND c.tokens > 0 THEN 1 ELSE 0 END) AS unpriced, "
-        "SUM(CASE WHEN c.status IS NULL THEN 1 ELSE 0 END) AS under_way FROM "
-        "(SELECT at, substr(at, 1, 13) AS hour, agent, workflow, model, status, tokens, cost_usd FROM model_calls "
-        "WHERE at >= :since AND at < :before ORDER BY at DESC LIMIT :most) c "
-        "GROUP BY c.hour, c.agent, c.workflow, c.model"
-    )
+    f"SELECT c.hour, c.agent, c.workflow, c.model, count(*) AS calls, COALESCE(SUM({_TOKENS}), 0) AS tokens, "
+    f"COALESCE(SUM({_USD}), 0) AS cost_usd, min(c.at) AS first, "
+    "SUM(CASE WHEN c.status IS NOT NULL AND c.cost_usd IS NULL AND c.tokens > 0 THEN 1 ELSE 0 END) AS unpriced, "
+    "SUM(CASE WHEN c.status IS NULL THEN 1 ELSE 0 END) AS under_way FROM "
+    "(SELECT at, substr(at, 1, 13) AS hour, agent, workflow, model, status, tokens, cost_usd FROM model_calls "
+    "WHERE at >= :since AND at < :before ORDER BY at DESC LIMIT :most) c "
+    "GROUP BY c.hour, c.agent, c.workflow, c.model"
 )
 _ESTIMATES: Final = Sql(
-    _bounded(
-        "SELECT count(*) AS calls, COALESCE(SUM(cost_usd), 0) AS usd FROM model_calls "
-        f"WHERE {_IS_ESTIMATE} AND run_id IN (SELECT id FROM workflow_runs WHERE ticket_id = :ticket_id)"
-    )
+    f"SELECT count(*) AS calls, COALESCE(SUM({_USD}), 0) AS usd FROM model_calls c "
+    f"WHERE {_IS_ESTIMATE} AND run_id IN (SELECT id FROM workflow_runs WHERE ticket_id = :ticket_id)"
 )
 
 
