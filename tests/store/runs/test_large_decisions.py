@@ -163,6 +163,22 @@ async def test_the_rows_of_many_items_are_written_a_few_at_a_time(
     assert (await state(store))[0] == "done"
 
 
+async def test_their_rows_come_in_order_behind_those_of_the_steps(store: Store, outside: Outside) -> None:
+    """Also of the first decision of a run, which makes both."""
+    first = "steps: [{id: each, agent: echo, for_each: '${inputs.list}', max_parallel: 1}, {id: last, agent: echo}]"
+    await ticket(store, outside, first, id="first", inputs=json.dumps({"list": [0] * 350}))
+    await ticket(store, outside, EACH)
+    while found := await claims(store):
+        for claim in found:
+            if claim.step_id == "list":
+                await finish(store, claim, listed(350))
+    numbered = [f"each[{n}]" for n in range(350)]
+    assert [step.step_id for step in await store.steps("first")] == ["each", "last", *numbered]
+    assert [step.step_id for step in await store.steps("t")] == ["list", "other", "each", "last", *numbered]
+    for id in ("t", "first"):
+        await store.cancel(id, "a test")
+
+
 async def test_large_items_are_written_fewer_at_a_time(store: Store, outside: Outside, places: Places) -> None:
     """Those beyond 64 KiB are artifacts, which count as well."""
     text = EACH.replace('{n: "${item}"}', '{n: "${item}", all: "${steps.list.outputs.items}"}')

@@ -126,7 +126,7 @@ class _Work:
         self._definition = definition
         self._agents = agents
         self._steps: dict[str, _Step] = {}
-        self._ids = ids_in_order(changes.tx.now_ms)
+        self._ids = ids_in_order(changes.tx.now_ms if decided.ahead_ms is None else decided.ahead_ms)
         self._unstartable: list[str] = []
 
     def run(self, actions: Sequence[Action]) -> bool:
@@ -214,7 +214,7 @@ class _Work:
             case Expand():
                 fan_out, at = dump(shallow(action.fan_out)), fan_outs.chooses_at(self._tx, graph.steps[action.key])
                 self._move(action.key, StepStatus.RUNNING, fan_out=fan_out, available_at=at).has_fan = True
-                if not self._decided.ahead:
+                if self._decided.ahead_ms is None:
                     items.drop(self._changes, self._run, action.key)
                 for child in action.children:
                     added = self._add(child.key, StepStatus.PENDING, inputs=self._packed(child.inputs))

@@ -103,7 +103,7 @@ class Decided:
     rows: Mapping[str, Row | None] | None = None  # of all steps that it looked at, if this transaction has read them
     failure: str | None = None
     deadline_at: int | None = None  # a new deadline for the run
-    ahead: bool = False  # the items of its fan-outs have been written
+    ahead_ms: int | None = None  # the items of its fan-outs have been written; the other rows' ids begin with this time
 
     @property
     def too_expensive(self) -> bool:

@@ -8,6 +8,8 @@ them, and `retry --from` leaves them behind.
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
@@ -46,6 +48,7 @@ class Batch:
     revision: int
     timed: bool  # as in `Graph`
     children: tuple[Child, ...]
+    ids: tuple[str, ...]  # of their rows, which sort in this order, behind those of the decision itself
     begins: tuple[str, ...] = ()
 
 
@@ -56,12 +59,22 @@ def split(decided: Decided) -> tuple[Decided, list[Batch]]:
     batches = list(_batches(child for one in expands for child in one.children))
     if len(batches) < 2 or decided.decision is None or decided.definition is None:
         return decided, []
-    revision, timed = decided.revision, decided.definition.graph.timed
-    found = [Batch(run_id=decided.run_id, revision=revision + 1, timed=timed, children=one) for one in batches]
+    revision, timed, now_ms = decided.revision, decided.definition.graph.timed, round(time.time() * 1000)
+    ids = ids_in_order(now_ms + 1)
+    found = [
+        Batch(
+            run_id=decided.run_id,
+            revision=revision + 1,
+            timed=timed,
+            children=one,
+            ids=tuple(itertools.islice(ids, len(one))),
+        )
+        for one in batches
+    ]
     found[0] = replace(found[0], revision=revision, begins=tuple(one.key for one in expands))
     without = tuple(replace(one, children=()) if isinstance(one, Expand) else one for one in actions)
     decision = replace(decided.decision, actions=without)
-    return replace(decided, revision=revision + 1, decision=decision, ahead=True), found
+    return replace(decided, revision=revision + 1, decision=decision, ahead_ms=now_ms), found
 
 
 def _batches(children: Iterable[Child]) -> Iterator[tuple[Child, ...]]:
@@ -82,7 +95,7 @@ def write(changes: Changes, run: Run, batch: Batch) -> None:
         changes.add(_REVISE, id=run.id, revision=batch.revision + 1)
         for key in batch.begins:
             drop(changes, run, key)
-    for id_, child in zip(ids_in_order(changes.tx.now_ms), batch.children, strict=False):
+    for id_, child in zip(batch.ids, batch.children, strict=True):
         artifacts.keep(changes.tx, run.row.ticket_id, child.inputs.parts)
         changes.add(
             _INSERT,
