@@ -37,12 +37,17 @@ PATIENCE_SECONDS: Final = 30.0
 MAX_BYTES: Final = 128 << 20  # of one message
 _PREFIX: Final = struct.Struct(">I")
 _NOTHING: Final = (resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC, resource.RLIMIT_NOFILE)
+_FROM_OUTSIDE: Final = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _CHUNK: Final = 1 << 20
 _CLOSING_SECONDS: Final = 0.05  # between two looks whether a request has ended; one that starts a process may be slow
 
 
 class Stopped(Exception):
     """The process was killed while it worked on a request; the message says which limit it exceeded, after "it"."""
+
+
+class Killed(Stopped):
+    """By a signal from outside, twice: the kernel's when memory is short, a supervisor's or a person's."""
 
 
 class Confined:
@@ -109,8 +114,10 @@ class Confined:
             except (OSError, EOFError) as error:
                 # Try again in a new process, in case the idle one was killed; but not a request that ran too long.
                 code = self._end()
-                if fresh or code == -signal.SIGVTALRM or isinstance(error, TimeoutError):
-                    raise Stopped(self._cause(code)) from None
+                hangs = isinstance(error, TimeoutError)
+                if fresh or code == -signal.SIGVTALRM or hangs:
+                    kind = Killed if -code in _FROM_OUTSIDE and not hangs and not self._closed else Stopped
+                    raise kind(self._cause(code)) from None
             except BaseException:
                 self._end()  # its state is unknown
                 raise

@@ -23,9 +23,8 @@ POINTS = (
 )  # fmt: skip
 OF_SANDBOXES = ("sandbox:started", "sandbox:saved")
 OF_SCHEDULES = ("fire:uncommitted", "fire:committed")
-# Of decisions made outside a transaction; and of the items of large fan-outs, whose rows are written ahead.
-OF_WORKFLOWS = ("decided", "apply:uncommitted", "apply:committed")
-OF_ITEMS = ("write_items:uncommitted", "write_items:committed")
+OF_WORKFLOWS = ("decided", "apply:uncommitted", "apply:committed")  # of decisions made outside a transaction
+OF_ITEMS = ("write_items:uncommitted", "write_items:committed")  # of rows that are written ahead of them
 
 armed: str | None = None
 _left = 0

@@ -68,7 +68,7 @@ async def test_a_first_decision_that_is_undone_leaves_nothing(store: Store, outs
     run_id = (await claims(store))[0].ticket.run_id or ""
     outside.execute("UPDATE workflow_runs SET progress = NULL, context = NULL, definition = NULL, unprocessed = '[]'")
     outside.execute("""UPDATE tickets SET inputs = '{"word": "other"}' WHERE id = 't'""")
-    decided = await store._read.call(store._workflows.decide, run_id, ON_THREAD)
+    decided, _ = await store._read.call(store._workflows.decide, run_id, ON_THREAD)
     assert decided is not None and decided.context is not None
     assert json.loads(decided.context)["inputs"] == {"word": "other"}
 
@@ -80,7 +80,7 @@ async def test_a_decision_that_came_too_late_is_made_again(store: Store, outside
     found = {claim.step_id: claim for claim in await claims(store)}
     await finish(store, found["quick"])
     run_id = (await store.ticket("t")).run_id or ""
-    late = await store._read.call(store._workflows.decide, run_id, ON_THREAD)
+    late, _ = await store._read.call(store._workflows.decide, run_id, ON_THREAD)
     assert late is not None and late.decision is not None
     assert [type(one).__name__ for one in late.decision.actions] == ["Cancel", "Start"]
     await finish(store, found["slow"])

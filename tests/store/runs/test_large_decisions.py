@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
-import os
-import pickle
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import psycopg
 import pytest
 
-from swarm import __version__
-from swarm.base import confined
-from swarm.errors import StoreError, UsageError
+from swarm.errors import UsageError
 from swarm.model import Claim, Succeeded
 from swarm.store.runs import artifacts, items, limits
 from swarm.store.runs.actions import carry_out
 from swarm.store.runs.decision import Decided, Run
-from swarm.store.runs.decision_process import DecisionProcess, _Decider
+from swarm.store.runs.decision_process import DecisionProcess
 from swarm.store.runs.items import Batch
 from swarm.store.runs.limits import IN_PROCESS
 from swarm.store.runs.workflow_engine import WorkflowEngine
 from swarm.store.sql.transaction import Tx
 from swarm.store.store import Store
 from swarm.store.tickets.changes import Changes
-from swarm.workflow import plan
 from swarm.workflow.state import Action, Complete, Start
 from tests.store.databases import Outside, insert
 from tests.store.flows import claims, finish, gives, rows, run, state, statuses, ticket
-from tests.store.runs.workflows import proved
 
 EACH = """
 steps:
@@ -68,11 +57,11 @@ def places(monkeypatch: pytest.MonkeyPatch) -> Places:
     seen = Places()
     thread, process, write = WorkflowEngine.decide, DecisionProcess.decide, WorkflowEngine.write_items
 
-    def on_thread(engine: WorkflowEngine, *values: Any) -> Decided | None:
-        decided = thread(engine, *values)
+    def on_thread(engine: WorkflowEngine, *values: Any) -> tuple[Decided | None, Sequence[Batch]]:
+        decided, batches = thread(engine, *values)
         if decided is not None and not decided.too_expensive:
             seen.found.append("thread")
-        return decided
+        return decided, batches
 
     def in_process(decider: DecisionProcess, *values: Any) -> Any:
         seen.found.append("process")
@@ -164,7 +153,8 @@ async def test_the_rows_of_many_items_are_written_a_few_at_a_time(
 
 
 async def test_their_rows_come_in_order_behind_those_of_the_steps(store: Store, outside: Outside) -> None:
-    """Also of the first decision of a run, which makes both."""
+    """Also of the first decision of a run, which makes both; and by the database's clock, whatever this host's says."""
+    await store.shift_clock(3_600_000)
     first = "steps: [{id: each, agent: echo, for_each: '${inputs.list}', max_parallel: 1}, {id: last, agent: echo}]"
     await ticket(store, outside, first, id="first", inputs=json.dumps({"list": [0] * 350}))
     await ticket(store, outside, EACH)
@@ -194,7 +184,6 @@ async def test_large_items_are_written_fewer_at_a_time(store: Store, outside: Ou
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are written ahead from the fourth item on."""
     monkeypatch.setattr(items, "BATCH_ROWS", 3)
-    monkeypatch.setattr(limits, "IN_TRANSACTION", replace(limits.IN_TRANSACTION, items=0))
     monkeypatch.setattr("swarm.store.runs.workflow_engine.IN_TRANSACTION", replace(limits.IN_TRANSACTION, items=0))
 
 
@@ -204,16 +193,14 @@ async def begun(store: Store, outside: Outside, *, written: int = 1) -> list[Bat
     found = {claim.step_id: claim for claim in await claims(store)}
     await finish(store, found["list"], listed(8))
     run_id = (await store.ticket("t")).run_id or ""
-    decided = await store._read.call(store._workflows.decide, run_id, IN_PROCESS)
-    assert decided is not None
-    _, batches = items.split(decided)
+    _, batches = await store._read.call(store._workflows.decide, run_id, IN_PROCESS)
     assert len(batches) == 3
     for batch in batches[:written]:
         assert await ahead(store, batch)
     there = await statuses(store)
     assert there["each"] == "pending" and len([one for one in there if one.startswith("each[")]) == min(3 * written, 8)
     assert await store.claim("w", limit=9, lease_seconds=60) == [] and "each" in await statuses(store)
-    return batches[written:]
+    return list(batches[written:])
 
 
 async def ahead(store: Store, batch: Batch) -> bool:
@@ -256,7 +243,8 @@ async def test_a_run_that_is_cancelled_meanwhile_ends_them(store: Store, outside
     first, *_ = await begun(store, outside)
     await store.cancel("t", "a test")
     assert not await ahead(store, first)
-    assert {await_ for name, await_ in (await statuses(store)).items() if name.startswith("each")} == {"cancelled"}
+    there = await statuses(store)
+    assert {status for name, status in there.items() if name.startswith("each")} == {"cancelled"}
 
 
 @pytest.mark.usefixtures("few")
@@ -302,9 +290,8 @@ async def test_rows_written_ahead_go_when_the_run_is_late(
             patch.setattr(store._planner, "take_up", lambda runs: None)
             await store.answer("t", approved=True, by="ann")
     run_id = (await store.ticket("t")).run_id or ""
-    decided = await store._read.call(store._workflows.decide, run_id, IN_PROCESS)
-    assert decided is not None
-    for batch in items.split(decided)[1]:
+    _, batches = await store._read.call(store._workflows.decide, run_id, IN_PROCESS)
+    for batch in batches:
         assert await ahead(store, batch)
     assert "each[7]" in await statuses(store)
     await store.shift_clock(101_000)
@@ -318,9 +305,8 @@ async def test_of_two_that_decide_on_one_run_the_second_goes_on(store: Store, ou
     """The first one was slow, and another engine took the decision up."""
     slow = await begun(store, outside)
     run_id = (await store.ticket("t")).run_id or ""
-    decided = await store._read.call(store._workflows.decide, run_id, IN_PROCESS)
-    assert decided is not None
-    without, batches = items.split(decided)
+    without, batches = await store._read.call(store._workflows.decide, run_id, IN_PROCESS)
+    assert without is not None
     for number, batch in enumerate(batches):
         assert await ahead(store, batch)
         assert not await ahead(store, slow[min(number, len(slow) - 1)])
@@ -426,12 +412,28 @@ async def test_many_items_choose_in_time(
     assert await state(store) == ("done", json.loads(first.inputs))
 
 
+async def test_two_that_choose_one_after_the_other(store: Store, outside: Outside) -> None:
+    """The first one's time passes while nobody looks; the other one's is kept."""
+    each = "{{id: {id}, agent: echo, for_each: {{items: [1, 2], best: '${{outputs}}', timeout_seconds: {seconds}}}}}"
+    steps = ", ".join(each.format(id=id, seconds=seconds) for id, seconds in (("a", 5), ("b", 50)))
+    await ticket(store, outside, f"steps: [{steps}]")
+    found = {claim.step_id: claim for claim in await claims(store)}
+    assert set(found) == {"a[0]", "a[1]", "b[0]", "b[1]"}
+    await finish(store, found["b[0]"], gives(b=7))
+    await store.shift_clock(6000)
+    await finish(store, found["a[0]"], gives(a=3))
+    await claims(store)
+    assert (await statuses(store))["a"] == "completed" and (await statuses(store))["b"] == "running"
+    await store.shift_clock(50_000)
+    await claims(store)
+    assert await state(store) == ("done", {"a": 3, "b": 7})
+
+
 async def goes_on(store: Store) -> bool:
     """Make one decision; True if another one follows at once."""
     run_id = (await store.ticket("t")).run_id or ""
-    decided = await store._read.call(store._workflows.decide, run_id, limits.ON_THREAD)
+    decided, batches = await store._read.call(store._workflows.decide, run_id, limits.ON_THREAD)
     assert decided is not None
-    decided, batches = items.split(decided)
     for batch in batches:
         assert await ahead(store, batch)
     again: bool = await store._write.call_batch(store._workflows.apply, decided)
@@ -472,151 +474,6 @@ async def test_no_transaction_writes_much(store: Store, outside: Outside, monkey
     await run(store, gives(list={"items": [f"{n:02}" + "y" * 60_000 for n in range(40)]}))
     assert (await state(store))[0] == "done"
     assert 200_000 < wrote["write_items"] < 400_000 and wrote["apply"] < 100_000
-
-
-# --- the process ------------------------------------------------------------------------------------------------------
-
-MUCH = """
-steps:
-  - {id: one, agent: echo}
-  - {id: two, agent: echo, needs: one, inputs: {n: "${steps.one.outputs.x[0]}"}}
-"""
-BEGUN = gives(one={"x": LONG})
-
-
-async def asks(store: Store, outside: Outside, id: str = "t") -> None:
-    """A run whose next decision is for the process."""
-    await ticket(store, outside, MUCH, id=id)
-    (one,) = await claims(store)
-    await finish(store, one, BEGUN)
-
-
-def process_of(store: Store) -> DecisionProcess:
-    return store._planner._process
-
-
-async def test_a_process_that_was_killed_is_started_again(store: Store, outside: Outside) -> None:
-    await asks(store, outside, "a")
-    assert await run(store) == ["two"]
-    pid = process_of(store).pid
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
-    await asks(store, outside, "b")
-    assert await run(store) == ["two"]
-    assert process_of(store).pid not in (None, pid)
-
-
-async def test_one_that_dies_each_time_fails_the_run(
-    store: Store, outside: Outside, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(process_of(store), "_module", "swarm.base.clock")  # it ends at once
-    await asks(store, outside)
-    assert await claims(store) == []
-    ended = await store.ticket("t")
-    assert ended.state == "failed"
-    assert str(ended.error).startswith("its next steps can't be decided: that needed more than 2048 MiB of memory")
-
-
-async def test_a_database_that_is_away_is_asked_again(
-    store: Store, outside: Outside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await asks(store, outside)
-    monkeypatch.setattr(process_of(store)._db, "_url", f"sqlite:///{tmp_path}/none.db")
-    with pytest.raises(StoreError, match=r"none\.db does not exist"):
-        await asyncio.to_thread(
-            process_of(store).decide,
-            Decided(run_id="r", revision=0, processed=()),
-            store._workflows.definitions,
-        )
-    assert await claims(store) == [] and (await store.ticket("t")).state == "in_progress"
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.undo()
-    await store.shift_clock(31_000)
-    assert await run(store) == ["two"]
-
-
-async def test_a_value_that_can_t_be_read_fails_its_ticket(store: Store, outside: Outside) -> None:
-    await asks(store, outside)
-    outside.execute("UPDATE artifacts SET data = :no_json", {"no_json": "x" * 100_000})
-    assert await claims(store) == []
-    ended = await store.ticket("t")
-    assert ended.state == "failed" and "ValueError: Expecting value" in str(ended.error)
-
-
-async def test_a_store_that_closes_does_not_wait_for_it(
-    url: str, outside: Outside, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = asyncio.Event()
-    async with Store.open(url) as store:
-        await asks(store, outside, "a")
-        assert await run(store) == ["two"]
-        process = process_of(store)
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGSTOP)
-        loop, receive = asyncio.get_running_loop(), confined._Pipes.receive
-
-        def asking(pipes: confined._Pipes) -> confined.Message:
-            loop.call_soon_threadsafe(asked.set)
-            return receive(pipes)
-
-        monkeypatch.setattr(confined._Pipes, "receive", asking)
-        await asks(store, outside)
-        await store.claim("w", lease_seconds=60)
-        await asked.wait()
-    assert process_of(store).pid is None
-    async with Store.open(url) as store:
-        await store.shift_clock(31_000)
-        assert await run(store) == ["two"]
-        await proved(store, outside)
-
-
-@pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
-@pytest.mark.needs("postgres")
-async def test_what_libpq_takes_from_the_environment(
-    url: str, outside: Outside, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    known = psycopg.conninfo.conninfo_to_dict(url)
-    for name in ("host", "port", "user"):
-        if name in known:
-            monkeypatch.setenv(f"PG{name.upper()}", str(known[name]))
-    async with Store.open(f"postgresql:///{known['dbname']}", planning_seconds=60) as store:
-        await asks(store, outside)
-        assert await run(store) == ["two"]
-        assert process_of(store).pid is not None
-        await proved(store, outside)
-
-
-def answered(decider: _Decider, *request: object) -> tuple[Any, Any]:
-    _, [reply, *_] = decider.answer({}, [pickle.dumps(request)])
-    found: tuple[Any, Any] = pickle.loads(reply)
-    return found
-
-
-async def test_what_takes_too_much_memory_is_said(
-    store: Store, outside: Outside, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await asks(store, outside)
-    run_id = (await store.ticket("t")).run_id or ""
-    with contextlib.closing(_Decider()) as decider:
-        request = (__version__, *process_of(store)._db.address, run_id)
-        decided, frozen = answered(decider, *request)
-        assert isinstance(decided, Decided) and frozen is not None
-        kept, connection = decider._engine.definitions, decider._opened
-        with monkeypatch.context() as patch:
-            patch.setattr(plan, "advance", _needs_memory)
-            said, _ = answered(decider, *request)
-        assert said == "its next steps can't be decided: that takes more than 2048 MiB of memory or 127 MiB of rows"
-        assert decider._engine.definitions is not kept and decider._opened is None is not connection
-        assert isinstance(answered(decider, *request)[0], Decided)
-        again = decider._opened
-        assert isinstance(answered(decider, *request)[0], Decided) and decider._opened is again
-        old, _ = answered(decider, "0.0.1", *request[1:])
-        assert isinstance(old, StoreError) and "start the engine again" in str(old)
-    await run(store)
-
-
-def _needs_memory(*values: object) -> NoReturn:
-    raise MemoryError
 
 
 async def test_a_nested_run_and_large_inputs(store: Store, outside: Outside, places: Places) -> None:

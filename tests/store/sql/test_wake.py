@@ -171,7 +171,6 @@ def noticed() -> list[str]:
 DEAF = """
 import asyncio, sqlite3, sys
 from pathlib import Path
-from typing import Any
 from swarm.store.sql.wake import FileWake
 
 Path("/proc/sys/user/max_inotify_instances").write_text("0")  # of our own user namespace

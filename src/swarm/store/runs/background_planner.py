@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from swarm.base import crash_points
 from swarm.base.log import logger
 from swarm.errors import SwarmError
-from swarm.store.runs import items, limits
+from swarm.store.runs import limits
 from swarm.store.runs.decision import Decided
 from swarm.store.runs.decision_process import DecisionProcess
 from swarm.store.runs.items import Batch
@@ -81,15 +81,13 @@ class BackgroundPlanner:
         """And what is to be written ahead of it."""
         self._reader = self._reader or ConnectionThread(self._db, write=False)
 
-        def decide(connection: Connection) -> Decided | None:
+        def decide(connection: Connection) -> tuple[Decided | None, Sequence[Batch]]:
             with self._db.transaction(connection) as tx:
                 return self._workflows.decide(tx, run, limits.ON_THREAD)
 
-        decided = await self._reader.call_raw(decide)
-        if decided is None:
-            return None, ()
-        if not decided.too_expensive:
-            return items.split(decided)
+        decided, batches = await self._reader.call_raw(decide)
+        if decided is None or not decided.too_expensive:
+            return decided, batches
         async with self._asking:
             return await asyncio.to_thread(self._process.decide, decided, self._workflows.definitions)
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 from swarm import __version__
 from swarm.base import confined
-from swarm.base.confined import Confined, Stopped
+from swarm.base.confined import Confined, Killed, Stopped
 from swarm.errors import StoreError, SwarmError
-from swarm.store.runs import items
 from swarm.store.runs.decision import Decided
 from swarm.store.runs.definitions import Definitions
 from swarm.store.runs.items import Batch
@@ -58,6 +57,9 @@ class DecisionProcess(Confined):
         request = pickle.dumps((__version__, *self._db.address, basis.run_id))
         try:
             _, [reply, *batches] = self.ask({}, [request])
+        except (OSError, Killed) as error:  # no process can be started; or one was killed, and may not be next time
+            why = error.strerror if isinstance(error, OSError) else "it was killed twice"
+            raise StoreError(f"the process that decides does not run: {why}") from None
         except Stopped as error:
             return replace(basis, failure=f"its next steps can't be decided: that {error}"), ()
         decided, frozen = pickle.loads(reply)  # our own program's, with our own rights
@@ -105,15 +107,13 @@ class _Decider:
     def _replies(self, version: str, url: str, busy_timeout_seconds: float, run_id: str) -> list[bytes]:
         if version != __version__:
             raise StoreError(f"Swarm {__version__} was installed while {version} runs: start the engine again")
-        decided, batches, frozen = self._decided(url, busy_timeout_seconds, run_id), list[Batch](), None
+        (decided, batches), frozen = self._decided(url, busy_timeout_seconds, run_id), None
         if decided is not None and decided.definition is not None:
-            decided, batches = items.split(decided)
-            assert decided.definition is not None
             frozen = decided.definition.digest, decided.definition.text
             decided = replace(decided, definition=None)
         return [pickle.dumps((decided, frozen)), *map(pickle.dumps, batches)]
 
-    def _decided(self, url: str, busy_timeout_seconds: float, run_id: str) -> Decided | None:
+    def _decided(self, url: str, busy_timeout_seconds: float, run_id: str) -> tuple[Decided | None, Sequence[Batch]]:
         fresh = self._opened is None
         try:
             db, connection = self._opened or self._open(Database(url, busy_timeout_seconds=busy_timeout_seconds))

@@ -9,8 +9,7 @@ them, and `retry --from` leaves them behind.
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -20,7 +19,7 @@ from swarm.store.runs.decision import Decided, Run
 from swarm.store.runs.packing import Packed
 from swarm.store.sql.dialect import Sql
 from swarm.store.sql.rows import ids_in_order, message
-from swarm.store.sql.transaction import one_row
+from swarm.store.sql.transaction import Tx, one_row
 from swarm.store.tickets.changes import Changes
 from swarm.workflow.state import Child, Expand
 
@@ -52,15 +51,15 @@ class Batch:
     begins: tuple[str, ...] = ()
 
 
-def split(decided: Decided) -> tuple[Decided, list[Batch]]:
-    """What of a decision is to be written ahead, and the decision without that."""
+def split(tx: Tx, decided: Decided) -> tuple[Decided, Sequence[Batch]]:
+    """The decision without what is to be written ahead of it, and that."""
     actions = decided.decision.actions if decided.decision is not None else ()
     expands = [one for one in actions if isinstance(one, Expand)]
     batches = list(_batches(child for one in expands for child in one.children))
     if len(batches) < 2 or decided.decision is None or decided.definition is None:
-        return decided, []
-    revision, timed, now_ms = decided.revision, decided.definition.graph.timed, round(time.time() * 1000)
-    ids = ids_in_order(now_ms + 1)
+        return decided, ()
+    revision, timed = decided.revision, decided.definition.graph.timed
+    ids = ids_in_order(tx.now_ms + 1)
     found = [
         Batch(
             run_id=decided.run_id,
@@ -74,7 +73,7 @@ def split(decided: Decided) -> tuple[Decided, list[Batch]]:
     found[0] = replace(found[0], revision=revision, begins=tuple(one.key for one in expands))
     without = tuple(replace(one, children=()) if isinstance(one, Expand) else one for one in actions)
     decision = replace(decided.decision, actions=without)
-    return replace(decided, revision=revision + 1, decision=decision, ahead_ms=now_ms), found
+    return replace(decided, revision=revision + 1, decision=decision, ahead_ms=tx.now_ms), found
 
 
 def _batches(children: Iterable[Child]) -> Iterator[tuple[Child, ...]]:

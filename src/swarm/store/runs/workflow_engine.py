@@ -240,10 +240,12 @@ class WorkflowEngine:
 
     # --- from a snapshot, on a reading thread or in a process of its own ----------------------------------------------
 
-    def decide(self, tx: Tx, run_id: str, limits: Limits) -> Decided | None:
-        """None if there is nothing to decide any more."""
+    def decide(self, tx: Tx, run_id: str, limits: Limits) -> tuple[Decided | None, Sequence[Batch]]:
+        """The decision, and what is to be written ahead of it; None if there is nothing to decide any more."""
         run = _undecided(tx, run_id)
-        return decision.decide(tx, run, self.definitions, self.jail, limits) if run is not None else None
+        if run is None:
+            return None, ()
+        return items.split(tx, decision.decide(tx, run, self.definitions, self.jail, limits))
 
 
 def _undecided(tx: Tx, run_id: str, revision: int | None = None) -> Run | None:
