@@ -1,17 +1,22 @@
-"""A thread that goes first: only in its block, and only itself."""
+"""A thread that goes first: only in its block, and only itself. Processes that go behind others."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import pytest
 
-from swarm.base.realtime import ahead_of_others
+from swarm.base import priority
+from swarm.base.priority import ahead_of_others
 
 T = TypeVar("T")
 POLICY = "import os; print(os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK)"
@@ -75,7 +80,8 @@ def test_another_policy_stays() -> None:
 def test_it_runs_where_it_is_not_allowed() -> None:
     code = f"""
 import os
-from swarm.base.realtime import ahead_of_others
+from swarm.base import priority
+from swarm.base.priority import ahead_of_others
 if os.geteuid() == 0:
     os.setuid(65534)
 with ahead_of_others():
@@ -83,3 +89,68 @@ with ahead_of_others():
 """
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert int(child.stdout) == os.SCHED_OTHER
+
+
+AUTOGROUP = Path("/proc/self/autogroup")
+BUSY = "import time\nprint(flush=True)\nwhile True: time.process_time()"
+
+
+def nice_of(pid: int) -> set[int]:
+    """Of all its threads and, where the kernel has that, of its session."""
+    threads = {os.getpriority(os.PRIO_PROCESS, int(thread.name)) for thread in Path(f"/proc/{pid}/task").iterdir()}
+    return threads | ({session_nice(pid)} if AUTOGROUP.exists() else set())
+
+
+def session_nice(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/autogroup").read_text().split()[-1])
+
+
+@contextlib.contextmanager
+def busy(*, own_session: bool = True) -> Iterator[subprocess.Popen[bytes]]:
+    """A program that takes all that it gets of one CPU."""
+    argv = [sys.executable, "-I", "-S", "-c", BUSY]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, start_new_session=own_session) as child:
+        assert child.stdout is not None
+        os.sched_setaffinity(child.pid, [min(os.sched_getaffinity(0))])
+        child.stdout.readline()
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+def cpu_seconds(child: subprocess.Popen[bytes]) -> float:
+    return psutil.Process(child.pid).cpu_times().user
+
+
+def test_the_lowered_gets_less_of_a_cpu() -> None:
+    """Each has a session of its own, as all that this program starts."""
+    with busy() as first, busy() as second:
+        priority.lower(second.pid, 10)
+        before = cpu_seconds(first), cpu_seconds(second)
+        while (one := cpu_seconds(first) - before[0]) < 2:
+            time.sleep(0.1)
+        assert cpu_seconds(second) - before[1] < one / 3
+
+
+def test_a_session_that_is_ours_keeps_its_share() -> None:
+    with busy(own_session=False) as child:
+        priority.lower(child.pid, 5)
+        assert os.getpriority(os.PRIO_PROCESS, child.pid) == os.getpriority(os.PRIO_PROCESS, 0) + 5
+        if AUTOGROUP.exists():
+            assert session_nice(child.pid) == session_nice(os.getpid())
+
+
+def test_no_further_than_the_lowest_and_up_again() -> None:
+    with busy() as child:
+        priority.lower(child.pid, priority.LOWEST + 5)
+        assert nice_of(child.pid) == {priority.LOWEST}
+        if os.geteuid() == 0:
+            priority.lower(child.pid, 0)
+            assert nice_of(child.pid) == nice_of(os.getpid())
+
+
+def test_one_that_has_ended_is_no_error() -> None:
+    with busy() as child:
+        pass
+    priority.lower(child.pid, 5)

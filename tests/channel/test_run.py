@@ -21,6 +21,7 @@ from swarm.base import process
 from swarm.channel import Channel
 from swarm.errors import AgentTimeout, ChannelError
 from swarm.vm.drivers.process import AGENTD
+from tests.base.test_priority import AUTOGROUP, nice_of
 from tests.channel.agentd_here import Guest, raw, running
 from tests.conftest import PATIENCE_SECONDS
 
@@ -238,6 +239,20 @@ async def test_exec_is_clean(guest: Guest) -> None:
     assert "SigBlk:\t0000000000000000" in status
     assert f"\n{guest.work}\n" in status
     assert "TOKEN" not in status
+
+
+@pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
+async def test_an_agent_has_no_larger_share_of_the_cpus_than_its_vm(guest: Guest, warm: bool) -> None:
+    """Each has a session of its own, and the kernel gives a new one a whole share."""
+    told = [str(AUTOGROUP)] if AUTOGROUP.exists() else []
+    if warm:
+        await guest.python(
+            "import os, sys; print(os.nice(0), *(open(file).read() for file in sys.argv[1:]), sep=chr(10))", *told
+        )
+    else:
+        await guest.sh(" ".join(["nice; cat", *told, "/dev/null"]))
+    nices = [int(line.split()[-1]) for line in guest.output["stdout"].splitlines() if line]
+    assert set(nices) == nice_of(guest.vm.pid)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ from typing import Final
 import structlog
 
 from swarm.base.clock import Timeline
-from swarm.base.realtime import ahead_of_others
+from swarm.base.priority import ahead_of_others
 from swarm.engine.dispatch import Dispatcher
 from swarm.engine.engine import Watcher
 from swarm.engine.worker import Worker

@@ -18,7 +18,7 @@ from typing import Any, cast
 import pytest
 
 from swarm.app import wiring
-from swarm.base import process
+from swarm.base import priority, process
 from swarm.base.clock import Timeline
 from swarm.config import Settings
 from swarm.errors import ChannelError, HostError
@@ -28,6 +28,7 @@ from swarm.vm.launcher import Assignment, Launcher, LiveVm
 from swarm.vm.pool import Pool, PoolStatus
 from swarm.vm.slots.inventory import MAX_SLOT
 from swarm.vm.slots.slot_pool import SlotPool
+from tests.base.test_priority import nice_of
 from tests.conftest import PATIENCE_SECONDS
 
 qemu = pytest.mark.needs("qemu")
@@ -101,18 +102,14 @@ async def test_a_ready_vm_is_used_and_replaced(launcher: Launcher, spec: VmSpec,
 
 
 @qemu
-async def test_ready_vms_have_a_lower_priority_than_used_ones(launcher: Launcher, spec: VmSpec) -> None:
+async def test_vms_yield_to_the_engine_and_ready_ones_to_used_ones(launcher: Launcher, spec: VmSpec) -> None:
     async with Pool(launcher, warm=1, specs=[spec]) as pool:
         await pool.filled()
         waiting = status_of(pool).ready[0].pid
-        assert nice_of(waiting) == {19}
+        assert nice_of(waiting) == {priority.LOWEST}
         async with a_vm(launcher, spec) as taken:
             assert taken.vm.pid == waiting
-            assert nice_of(waiting) == {0}
-
-
-def nice_of(pid: int) -> set[int]:
-    return {os.getpriority(os.PRIO_PROCESS, int(t.name)) for t in Path(f"/proc/{pid}/task").iterdir()}
+            assert nice_of(waiting) == {priority.BELOW_ENGINE}
 
 
 @qemu

@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self, TypeAlias
 
-from swarm.base import privileges, process
+from swarm.base import priority, privileges, process
 
 Message: TypeAlias = tuple[dict[str, Any], list[bytes]]
 
@@ -59,14 +59,14 @@ class Confined:
         *,
         cpu_seconds: float,
         memory_bytes: int,
-        nice: int = 0,
+        lower_by: int = 0,
         patience_seconds: float = PATIENCE_SECONDS,
         env: Mapping[str, str] | None = None,
     ) -> None:
         self._module = module
         self._cpu_seconds = cpu_seconds
         self._memory_bytes = memory_bytes
-        self._nice = nice
+        self._lower_by = lower_by
         self._env = env
         self._patience_seconds = patience_seconds
         self._lock = threading.Lock()
@@ -134,8 +134,8 @@ class Confined:
                 env=process.environment() if self._env is None else self._env,
                 start_new_session=True,
             )
-            with contextlib.suppress(OSError):  # its imports take the most
-                os.setpriority(os.PRIO_PROCESS, self._child.pid, os.getpriority(os.PRIO_PROCESS, 0) + self._nice)
+            if self._lower_by:
+                priority.lower(self._child.pid, self._lower_by)  # now: its imports take the most
             for pipe in (self._child.stdin, self._child.stdout):
                 assert pipe is not None
                 os.set_blocking(pipe.fileno(), False)

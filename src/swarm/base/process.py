@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from swarm.base import files
+from swarm.base import files, priority
 from swarm.base.log import logger
 from swarm.errors import CommandFailed, HostError
 
@@ -144,6 +144,7 @@ async def spawn(
     pass_fds: Sequence[int] = (),
     die_with_parent: bool = True,
     deaf: bool = False,
+    lower_by: int = 0,
 ) -> Spawned:
     """Start a program in a session of its own, and return. Its stdout and stderr are appended to ``output``; with
     None they go to our stderr.
@@ -151,6 +152,7 @@ async def spawn(
     With ``stdout``, its stdout goes to that descriptor instead. With ``die_with_parent`` the kernel kills it when this
     process dies, however it dies. With ``deaf``, it and its descendants never get SIGHUP, SIGINT and SIGTERM: a
     supervisor sends those to all processes of a service at once, and only this process knows what is to be ended when.
+    With ``lower_by``, it has a smaller share of the CPUs (`priority.lower`).
     """
     argv = in_netns(argv, netns)
     if deaf:  # blocked rather than ignored: what installs a handler, as QEMU does, stops ignoring a signal
@@ -160,7 +162,10 @@ async def spawn(
     log.debug("spawn", argv=shlex.join(argv), output=str(output))
     with files.open_to_append(output) if output is not None else contextlib.nullcontext(2) as out:
         given = {"stdout": out if stdout is None else stdout, "stderr": out, "cwd": cwd, "pass_fds": tuple(pass_fds)}
-        return _spawned(argv, env=environment(env), start_new_session=True, **given)
+        child = _spawned(argv, env=environment(env), start_new_session=True, **given)
+        if lower_by:
+            priority.lower(child.pid, lower_by)
+        return child
 
 
 def _spawned(argv: Sequence[str], **options: Any) -> Spawned:

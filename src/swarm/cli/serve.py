@@ -39,10 +39,12 @@ async def serve(
     """
     from swarm import config
     from swarm.app import address, serve
+    from swarm.base import priority
     from swarm.base.log import configure, logger
 
     configure(debug=cli.debug, info=True, as_json=json_log)
-    os.nice(5)  # engines on the same CPUs go first: whoever looks at a page can wait for a millisecond
+    # Engines on the same CPUs go first: whoever looks at a page can wait for a millisecond.
+    priority.lower(os.getpid(), priority.BELOW_ENGINE)
     settings = config.load(home=cli.settings.home, public_url=public_url and public_url.rstrip("/"))
     async with serve.served(settings, host=host, port=port, remote=allow_remote) as (url, served):
         gc.freeze()  # what was loaded stays: a full collection would look at it again each time, for 40 ms

@@ -377,7 +377,7 @@ class Zygote:
 
     def serve(self, preload: list[str]) -> Job:
         """Execute agentd's orders for ever. Returns only in a forked child."""
-        os.setsid()
+        own_session()
         libc("prctl", PR_SET_CHILD_SUBREAPER, *(ctypes.c_ulong(value) for value in (1, 0, 0, 0)))
         failed = self.preload(preload)
         OURS.update(sys.modules)
@@ -746,13 +746,24 @@ def is_stopped(pid: int) -> bool:
     return read_file(f"/proc/{pid}/stat").rpartition(")")[2][1:2] == "T"
 
 
+def own_session() -> None:
+    """With no larger share of the CPUs than the one before: the kernel gives each new session a whole one."""
+    nice = read_file("/proc/self/autogroup").rpartition(" ")[2]
+    os.setsid()
+    if nice not in ("", "0"):
+        try:
+            poke("/proc/self/autogroup", nice)
+        except OSError:
+            pass
+
+
 def become(order: Header, fds: list[int]) -> int:
     """In the new child: drop everything inherited from the zygote. Returns the descriptor for reports.
 
     From ``order`` it uses env and user ([uid, gid, further groups…], or null for no change); the rest is for `run_job`.
     """
     try:
-        os.setsid()
+        own_session()
         for target, fd in enumerate(fds[:3]):
             os.dup2(fd, target)
         report = os.dup2(fds[3], 3, inheritable=False)
@@ -777,7 +788,7 @@ def become(order: Header, fds: list[int]) -> int:
         os.umask(0o022)
         user = order["user"]
         if isinstance(user, list):
-            os.setpriority(os.PRIO_PROCESS, 0, 0)
+            os.setpriority(os.PRIO_PROCESS, 0, max(0, os.getpriority(os.PRIO_PROCESS, 0)))
             if user[0]:
                 resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
             os.setgroups(user[1:])

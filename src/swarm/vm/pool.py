@@ -13,16 +13,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from swarm.base import priority
 from swarm.base.aio import finish_uninterrupted, quietly, undoing
 from swarm.base.log import logger
 from swarm.errors import HostError, SwarmError
@@ -41,7 +40,6 @@ WINDOW_SECONDS: Final = 30.0
 FORGET_SECONDS: Final = 600.0
 AUTO_MAX: Final = 8
 _HOPELESS: Final = 3  # failures in a row after which `filled` gives up
-_LOWEST: Final = 19
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,7 +199,7 @@ class Pool:
                     await finish_uninterrupted(quietly(ready.undo.aclose()))
                     continue
                 ready.exited.cancel()
-                _set_priority(ready.live.vm.pid, 0)
+                priority.lower(ready.live.vm.pid, priority.BELOW_ENGINE)
                 self._launcher.assign(ready.live, assignment)
                 self.hits += 1
                 return ready.live
@@ -269,7 +267,7 @@ class Pool:
         began = self._clock()
         async with undoing() as undo:
             live = await self._launcher.clone(stock.template, undo)
-            _set_priority(live.vm.pid, _LOWEST)  # the rest yields to VMs in use
+            priority.lower(live.vm.pid, priority.LOWEST)  # the rest yields to VMs in use
             own_root = told_to_guest(stock.template.spec) is None
             await live.while_alive(warm_vm(live.channel) if own_root else warm_image(live.channel))
             await self._launcher.renew(live)
@@ -316,13 +314,6 @@ class Pool:
         for error in ended:
             if isinstance(error, Exception):  # a bug of ours: it must not get lost
                 raise error
-
-
-def _set_priority(pid: int, nice: int) -> None:
-    """Of every thread of a VMM: on Linux a priority belongs to a thread."""
-    with contextlib.suppress(OSError):  # it is ending; its user will notice
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            os.setpriority(os.PRIO_PROCESS, int(thread.name), nice)
 
 
 async def _end(vms: list[_Ready]) -> None:

@@ -21,7 +21,7 @@ from swarm.store.sql.dialect import Sql
 from swarm.store.sql.threads import ConnectionThread
 from swarm.store.sql.transaction import Tx, one_row
 from swarm.store.store import Store
-from tests.base.test_realtime import realtime_policy
+from tests.base.test_priority import realtime_policy
 from tests.store.databases import Outside, claim_one, insert
 
 pytestmark = pytest.mark.sqlite

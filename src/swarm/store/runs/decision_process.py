@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from swarm import __version__
-from swarm.base import confined
+from swarm.base import confined, priority
 from swarm.base.confined import Confined, Killed, Stopped
 from swarm.errors import StoreError, SwarmError
 from swarm.store.runs.decision import Decided
@@ -29,7 +29,6 @@ from swarm.store.tickets.isolation import Isolation
 
 _CPU_SECONDS: Final = 60.0  # the largest decision that is allowed takes a few
 _MEMORY_BYTES: Final = 2 << 30
-_NICE: Final = 10
 _REPLY_BYTES: Final = confined.MAX_BYTES - (1 << 20)
 
 
@@ -45,7 +44,7 @@ class DecisionProcess(Confined):
             "swarm.store.runs.decision_process",
             cpu_seconds=_CPU_SECONDS,
             memory_bytes=_MEMORY_BYTES,
-            nice=_NICE,
+            lower_by=priority.BELOW_VMS,
             patience_seconds=600.0,
             env=os.environ,  # libpq has settings there
         )

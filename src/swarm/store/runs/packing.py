@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from swarm.base import confined
+from swarm.base import confined, priority
 from swarm.base.confined import Confined, Stopped
 from swarm.cel import artifact_refs
 from swarm.cel.artifact_refs import KEY, ArtifactRef
@@ -29,7 +29,6 @@ MARK: Final = f'"{KEY}"'  # JSON without it has no references
 REFERENCE: Final = re.compile(r'\{"\$artifact":\{"digest":"([0-9a-f]{64})","bytes":[0-9]+\}\}')
 _CPU_SECONDS: Final = 20.0
 _MEMORY_BYTES: Final = 2 << 30
-_NICE: Final = 10
 
 
 class Gone(ExpressionError):
@@ -124,8 +123,8 @@ class Packer(Confined):
             "swarm.store.runs.packing",
             cpu_seconds=_CPU_SECONDS,
             memory_bytes=_MEMORY_BYTES,
-            nice=_NICE,
-            patience_seconds=120.0,
+            lower_by=priority.BELOW_VMS,
+            patience_seconds=600.0,
         )
 
     def pack_text(self, text: str) -> Packed:

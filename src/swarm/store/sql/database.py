@@ -16,7 +16,7 @@ from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import cache
 from typing import Final
 
-from swarm.base.realtime import ahead_of_others
+from swarm.base.priority import ahead_of_others
 from swarm.errors import StoreError, UsageError
 from swarm.store.sql import files
 from swarm.store.sql.connection import Connection, is_complete

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property, partial
 from typing import Any, Final, TypeAlias
 
-from swarm.base.realtime import ahead_of_others
+from swarm.base.priority import ahead_of_others
 from swarm.errors import StoreError
 from swarm.store.sql.connection import Connection, is_complete
 from swarm.store.sql.dialect import Dialect, Sql, Statement, explain

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from swarm.base import process
+from swarm.base import priority, process
 from swarm.base.aio import finish_uninterrupted
 from swarm.base.libc import (
     CLONE_FS,
@@ -145,6 +145,7 @@ async def spawn(
                 child.returncode = 0  # it is waited for by Spawned
                 pids.append(child.pid)
         process.expendable(child.pid, driver.OOM_SCORE)
+        priority.lower(child.pid, priority.BELOW_ENGINE)
         join(child.pid)  # it is still being loaded: it has no memory to speak of, and no guest
 
     try:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from swarm.base import process, sparse
+from swarm.base import priority, process, sparse
 from swarm.base.aio import stoppable
 from swarm.base.log import logger
 from swarm.errors import HostError, SwarmError
@@ -195,6 +195,7 @@ class FirecrackerDriver:
                 pass_fds=[mounts] if mounts is not None else [],
                 die_with_parent=False,  # the jail's argv does it
                 deaf=not outlive,
+                lower_by=priority.BELOW_ENGINE,
             )
         except BaseException:
             if console:

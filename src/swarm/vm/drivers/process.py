@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from swarm.base import process
+from swarm.base import priority, process
 from swarm.base.log import logger
 from swarm.channel.dial import Endpoint
 from swarm.errors import BootFailed, HostError, SwarmError
@@ -127,7 +127,13 @@ class ProcessDriver:
         try:
             # agentd passes PYTHONPATH on to agents.
             env = {"PYTHONPATH": str(spec.layer.path)} if spec.layer else {}
-            child = await process.spawn(_argv(dir), output=dir / "console.log", env=env, die_with_parent=not outlive)
+            child = await process.spawn(
+                _argv(dir),
+                output=dir / "console.log",
+                env=env,
+                die_with_parent=not outlive,
+                lower_by=priority.BELOW_ENGINE,
+            )
         except HostError as error:
             raise BootFailed(f"can't start agentd: {error}") from error
         if process.start_time(child.pid) is None:

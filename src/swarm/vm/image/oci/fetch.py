@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from swarm.base import files, process
+from swarm.base import files, priority, process
 from swarm.errors import CommandFailed, HostError, ImageError
 from swarm.vm.image.oci.reference import Reference
 
@@ -143,7 +143,8 @@ async def _copy(
         f"--dest-shared-blob-dir={blobs}", *source, f"oci:{layout}:{TAG}",
     ]  # fmt: skip
     before = await asyncio.to_thread(_size, blobs)
-    child = await process.spawn(argv, output=log, env={**_environment(), "TMPDIR": str(layout.parent)})
+    env = {**_environment(), "TMPDIR": str(layout.parent)}
+    child = await process.spawn(argv, output=log, env=env, lower_by=priority.BELOW_ENGINE)
     ended = asyncio.ensure_future(child.wait())
     had, since = -1, time.monotonic()
     try:

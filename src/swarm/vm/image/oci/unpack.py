@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from swarm.base import files, process
+from swarm.base import files, priority, process
 from swarm.base.aio import finish_uninterrupted
 from swarm.errors import HostError, ImageError
 from swarm.vm.image.oci.fetch import TAG, Fetched
@@ -97,7 +97,7 @@ async def jailed(
     stage = Path(spec.stage)
     log = stage / f"{argv[0]}.log"
     program = str(process.path_of(argv[0]).resolve())
-    child = await process.spawn(spec.argv([program, *argv[1:]]), output=log, env=env)
+    child = await process.spawn(spec.argv([program, *argv[1:]]), output=log, env=env, lower_by=priority.BELOW_ENGINE)
     ended = asyncio.ensure_future(child.wait())
     began, pause = time.monotonic(), _WATCH_SECONDS
     try:
