@@ -156,6 +156,28 @@ async def test_who_takes_nothing_for_long_is_left() -> None:
             await left.wait()
 
 
+async def test_whose_client_stops_to_read_while_the_server_stops_is_left() -> None:
+    begin = asyncio.Event()
+
+    async def endless(request: Request) -> Response:
+        async def parts() -> AsyncIterator[bytes]:
+            yield b"x"
+            await begin.wait()
+            while True:
+                yield b"x" * 65_536
+                await asyncio.sleep(0)
+
+        return StreamingResponse(parts())
+
+    app = Starlette(routes=[Route("/", endless)])
+    async with contextlib.AsyncExitStack() as clients:
+        async with server.serving(app, host="127.0.0.1", port=0) as (url, _):
+            clients.callback((await stalled(url, "/")).close)
+            asyncio.get_running_loop().call_later(1.5, begin.set)  # by then, those that stood still were left
+            ends = time.monotonic()
+        assert time.monotonic() - ends < server.GRACE_SECONDS
+
+
 @pytest.mark.parametrize("deleted", [True, False], ids=["deleted", "pruned"])
 async def test_what_goes_while_it_is_followed(served: Served, deleted: bool) -> None:
     await served.add("t")

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from swarm.base import process
 from swarm.engine.run_once import run_ticket
 from swarm.engine.values import Values
 from swarm.model import ECHO_AGENT_ID, Agent, RetryPolicy
-from tests.engine.conftest import Bench
+from swarm.store.tickets import validation
+from swarm.store.tickets.validation import BadRow
+from tests.engine.conftest import Bench, ended, serving
 
 WRITE = "import json, os, sys, time\ndef out(v): json.dump(v, open('output.json', 'w'))\n"
 
@@ -124,6 +127,46 @@ async def test_large_values_are_read_in_a_confined_process(plain: Bench, case: s
     assert (ticket.state, (ticket.error or "")[: len(error)]) == ("failed" if error else "done", error)
     [attempt] = await plain.attempts()  # for bad inputs too: claims don't read large ones
     assert attempt.reason in ((None,) if not error else ("input_invalid", "output_invalid"))
+
+
+BROKEN = {
+    "broken": '{"x": [' + "0," * 600_000,
+    "no-object": json.dumps([0] * 600_000),
+    "deep": "[" * 1_200_000,
+    "small-things": '{"x":[' + "[]," * 1_000_001 + "0]}",
+}
+
+
+async def test_an_engine_finds_large_broken_inputs_before_it_takes_the_ticket(plain: Bench) -> None:
+    """As it does with small ones. What is right is read once."""
+    agent = await plain.agent(WRITE + "out(len(json.load(open('input.json'))['inputs']['x']))")
+    async with Values() as values, serving(plain, fault=values.fault):
+        for name, inputs in BROKEN.items():
+            plain.insert(name, agent.id, inputs=inputs)
+        plain.insert("large", agent.id, inputs=json.dumps({"x": [[]] * 500_000}))
+        plain.insert("small", agent.id, inputs='{"x": [1]}')
+        assert await ended(plain, "small", "large", *BROKEN) == ["done", "done", *["failed"] * len(BROKEN)]
+        assert len(values.pids) == 1
+    assert (await plain.store.ticket("large")).outputs == "500000"
+    assert plain.sql("SELECT count(*) FROM attempts") == [(2,)]
+    for name, inputs in BROKEN.items():
+        with pytest.raises(BadRow) as error:
+            validation.parsed_inputs(inputs)
+        assert (await plain.store.ticket(name)).error == str(error.value)
+
+
+async def test_what_a_look_has_read_is_for_the_same_inputs_only(plain: Bench) -> None:
+    agent = await plain.agent(DONE)
+    texts = [json.dumps({"x": [number] * 600_000}) for number in range(3)]
+    plain.insert("t", agent.id)
+    [claim] = await plain.worker.claim(ticket_id="t")
+    async with Values() as values:
+        for looked_at, given in ((0, 0), (0, 1), (2, 2), (2, 2)):
+            assert await values.fault(texts[looked_at]) is None
+            for _ in range(2):
+                document, _ = await values.input_json(replace(claim, inputs=texts[given]))
+                assert json.loads(document)["inputs"] == json.loads(texts[given])
+            assert "is not valid JSON" in str(await values.fault(texts[given][:-2]))
 
 
 async def test_large_values_are_in_the_tickets_row_only(plain: Bench) -> None:

@@ -27,7 +27,7 @@ log = logger(__name__)
 
 # How long running requests may take when the server stops.
 GRACE_SECONDS: Final = 10
-_UNREAD_SECONDS: Final = 1.0  # then, for answers that their clients don't read
+_UNREAD_SECONDS: Final = 1.0  # then, each time, for answers that their clients don't read
 HEAD_SECONDS: Final = 10.0
 STALLED_SECONDS: Final = 60.0  # in which a client takes nothing of its answer
 PING_SECONDS: Final = 20.0  # between two that a WebSocket's client has to answer
@@ -226,11 +226,11 @@ async def serving_on(
     finally:
         loop.set_exception_handler(before)
         server.should_exit = True
-        timer = asyncio.get_running_loop().call_later(_UNREAD_SECONDS, _drop_unread, server)
+        dropping = asyncio.create_task(_drop_unread(server))
         try:
             await finish_uninterrupted(_ended(task))
         finally:
-            timer.cancel()
+            await cancel_all([dropping])
 
 
 def _tell_when_exhausted() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], object]:
@@ -249,12 +249,15 @@ def _tell_when_exhausted() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any
     return handle
 
 
-def _drop_unread(server: uvicorn.Server) -> None:
-    """Connections whose client doesn't read what is sent to it, such as a stream of events: nothing would end them."""
-    for connection in list(server.server_state.connections):
-        transport = connection.transport
-        if transport is not None and transport.get_write_buffer_size():
-            transport.abort()
+async def _drop_unread(server: uvicorn.Server) -> None:
+    """Connections whose client doesn't read what is sent to it, such as a stream of events: nothing would end them.
+    Again and again, since an answer may have begun to wait for its client only now."""
+    while True:
+        await asyncio.sleep(_UNREAD_SECONDS)
+        for connection in list(server.server_state.connections):
+            transport = connection.transport
+            if transport is not None and transport.get_write_buffer_size():
+                transport.abort()
 
 
 async def _ended(task: asyncio.Task[None]) -> None:

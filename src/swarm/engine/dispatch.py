@@ -13,7 +13,7 @@ import functools
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,8 @@ class _ClaimRequest:
 
 
 class Dispatcher:
-    """Serves tickets with one Worker until `stop`. ``ended`` is called after each attempt."""
+    """Serves tickets with one Worker until `stop`. ``ended`` is called after each attempt. ``fault`` says what is
+    wrong with large inputs, if anything; without it, their attempts find out."""
 
     def __init__(
         self,
@@ -79,6 +80,7 @@ class Dispatcher:
         sandboxes: Sandboxes | None = None,
         info: Mapping[str, object] | None = None,
         ended: Callable[[Ended], None] = lambda _: None,
+        fault: Callable[[str], Awaitable[str | None]] | None = None,
     ) -> None:
         self._store = store
         self._worker = worker
@@ -92,7 +94,7 @@ class Dispatcher:
         if sandboxes is not None:
             sandboxes.room = self._room
         self._info = dict(info or {})
-        self._ended = ended
+        self._ended, self._fault_of = ended, fault
         self._tasks: set[asyncio.Task[None]] = set()
         self._request: _ClaimRequest | None = None
         self._finishing: set[str] = set()  # running tasks' attempts whose VM is gone
@@ -153,7 +155,8 @@ class Dispatcher:
             if self.sandboxes.most:
                 loops.append(self.sandboxes.renewing)
                 until_stop.append(self.sandboxes.claiming)
-        async with self._worker.supervised():
+        looking = contextlib.nullcontext() if self._fault_of is None else self._store.looking_by(self._fault_in)
+        async with self._worker.supervised(), looking:
             tasks = [asyncio.create_task(self._guarded(loop)) for loop in loops]
             # Other engines, or the next one, do what comes due from a stop on.
             claiming = [asyncio.create_task(self._guarded(loop)) for loop in until_stop]
@@ -233,6 +236,14 @@ class Dispatcher:
             return _RETRY_SECONDS
         self.waits_for = _DRAINING if self.draining else f"a VM: all {self.max_vms} are in use"
         return None
+
+    async def _fault_in(self, inputs: str) -> str | None:
+        assert self._fault_of is not None
+        try:
+            return await self._fault_of(inputs)
+        finally:
+            self._more = True
+            self._look.set()
 
     def _has_room(self) -> bool:
         ends = self.stopping or self.draining or self._fault is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -72,12 +72,21 @@ class Values:
             given, places = await self._ask_for_input(size, claim)
         return given, json.loads(places)
 
+    async def fault(self, inputs: str) -> str | None:
+        """What is wrong with a ticket's inputs, whatever its agent; None if they can be read."""
+        try:
+            await self._ask(len(inputs), "read", inputs)
+        except Stopped as error:
+            return _unreadable(len(inputs), error)
+        except StepError as error:
+            return str(error)
+        return None
+
     async def _ask_for_input(self, size: int, claim: Claim) -> list[bytes]:
         try:
             return await self._ask(size, "input_json", claim)
         except Stopped as error:
-            message = f"its inputs, of {size:,} characters, can't be read: that {error}"
-            raise StepError(message, reason=FailureReason.INPUT_INVALID, retryable=False) from None
+            raise _invalid(_unreadable(size, error)) from None
 
     async def outputs(
         self,
@@ -109,13 +118,27 @@ def _ask(process: Confined, task: str, arguments: Sequence[Any]) -> confined.Mes
     return process.ask({"task": task}, [pickle.dumps(arguments)])
 
 
-def input_json(claim: Claim) -> list[bytes]:
-    """The agent's input.json, and its files as JSON. Raises StepError (INPUT_INVALID)."""
-    ticket = claim.ticket
+def _unreadable(size: int, error: Stopped) -> str:
+    return f"its inputs, of {size:,} characters, can't be read: that {error}"
+
+
+def _invalid(message: str) -> StepError:
+    return StepError(message, reason=FailureReason.INPUT_INVALID, retryable=False)
+
+
+def read(text: str) -> dict[str, Any]:
+    """A ticket's inputs. Raises StepError (INPUT_INVALID)."""
     try:
-        inputs = validation.parsed_inputs(claim.inputs)  # a claim doesn't read large ones
+        return validation.parsed_inputs(text)
     except BadRow as error:
-        raise StepError(str(error), reason=FailureReason.INPUT_INVALID, retryable=False) from None
+        raise _invalid(str(error)) from None
+
+
+def input_json(claim: Claim, inputs: dict[str, Any] | None = None) -> list[bytes]:
+    """The agent's input.json, and its files as JSON. ``inputs``: if they were read before. Raises StepError
+    (INPUT_INVALID)."""
+    ticket = claim.ticket
+    inputs = read(claim.inputs) if inputs is None else inputs
     places = files.places(inputs)
     document = {
         "inputs": check.inputs(claim.agent, inputs),
@@ -176,16 +199,34 @@ def _compact(value: Any) -> bytes:
 
 # --- in the confined process ------------------------------------------------------------------------------------------
 
-_TASKS: Final[Mapping[str, Callable[..., list[bytes]]]] = {"input_json": input_json, "outputs": outputs}
+
+class _Answers:
+    """Keeps what `fault` has read for the attempt that most likely follows, until something else is asked."""
+
+    def __init__(self) -> None:
+        self._read: tuple[str, dict[str, Any]] | None = None
+
+    def to(self, task: str, arguments: tuple[Any, ...]) -> list[bytes]:
+        kept, self._read = self._read, None
+        if task == "read":
+            self._read = arguments[0], read(arguments[0])
+            return []
+        if task == "outputs":
+            return outputs(*arguments)
+        [claim] = arguments
+        return input_json(claim, kept[1] if kept is not None and kept[0] == claim.inputs else None)
+
+
+_answers: Final = _Answers()
 
 
 def answer(request: dict[str, Any], parts: list[bytes]) -> tuple[dict[str, Any], list[bytes]]:
     try:
-        return {}, _TASKS[request["task"]](*pickle.loads(parts.pop()))  # pickled by `Values`, which started us
+        return {}, _answers.to(request["task"], pickle.loads(parts.pop()))  # pickled by `Values`, which started us
     except StepError as error:
         said = {"message": str(error), "reason": str(error.reason), "retryable": error.retryable}
     except MemoryError:
-        reason = FailureReason.INPUT_INVALID if request["task"] == "input_json" else FailureReason.OUTPUT_INVALID
+        reason = FailureReason.OUTPUT_INVALID if request["task"] == "outputs" else FailureReason.INPUT_INVALID
         what = f"a value takes more than {MEMORY_BYTES >> 20} MiB of memory when it is read"
         said = {"message": what, "reason": str(reason), "retryable": False}
     return {"error": said}, []

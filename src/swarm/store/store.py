@@ -38,6 +38,7 @@ from swarm.store.claims import approvals, finish, retry_from
 from swarm.store.claims.claim import Claimer
 from swarm.store.claims.finish import AppendRequest
 from swarm.store.claims.kept import HOST_TIMEOUT_SECONDS
+from swarm.store.claims.looks import Looks
 from swarm.store.claims.request import Claimed, ClaimRequest
 from swarm.store.details import TicketDetails
 from swarm.store.hosts import Alive, Holds, HostState, Machine
@@ -139,6 +140,8 @@ class Store:
         self._survey_read: ConnectionThread | None = None  # begins at its first use
         self._planner = BackgroundPlanner(db, self._workflows, self._write)
         self._approvals = approvals.Approvals(self._workflows)
+        looks = self._looks = Looks(self._queue.pace, self._read)
+        self.looking_by = looks.by
         self._holders = SandboxClaimer(self._read, self._write)
         self._tokens_used = set[str]()  # of which that is being written
         self._host_timeout_seconds = HOST_TIMEOUT_SECONDS
@@ -505,6 +508,7 @@ class Store:
                 future.add_done_callback(self._hand_back)
                 raise
             self._planner.take_up(claimed.undecided)
+            self._looks.take_up()
             if claimed.claims or not claimed.more:
                 return claimed.claims
             future = self._write.submit_batch(self._queue.claim, request)

@@ -207,7 +207,7 @@ class _ClaimTransaction:
                 else:
                     if (patience := self.request.queue_timeout_seconds) is not None:
                         validation.check_age(row, self.tx.now_ms, patience)
-                    works.append((candidate, validation.read(row)))
+                    works.append((candidate, candidate.work()))
             except BadRow as error:
                 self._refuse(candidate, error)
         self._start(works, missing)

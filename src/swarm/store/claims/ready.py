@@ -19,8 +19,8 @@ from swarm.store.sql.dialect import Dialect, Sql
 from swarm.store.sql.reads import Read, filled
 from swarm.store.sql.rows import LONG, TICKET_FIELDS
 from swarm.store.sql.transaction import Row, Tx
-from swarm.store.tickets import places
-from swarm.store.tickets.validation import LIMITS, REFUSED
+from swarm.store.tickets import places, validation
+from swarm.store.tickets.validation import LIMITS, REFUSED, BadRow, Work
 
 # Rows with more text than this are enough for one transaction: it writes each as a whole, and all others wait.
 MOST_CHARS: Final = 2 << 20
@@ -56,6 +56,8 @@ WHERE s.status = 'ready' AND s.available_at IS NULL
   AND {IS_HERE}
   AND (:idle OR :drain AND s.queued_at <= :patient_since OR {suspects.LOSSES} < {suspects.SUSPECT_AFTER})"""
 READY_STEP: Final = Sql(_STEP + " AND r.ticket_id = :id LIMIT :limit" + _UNLOCKED.format("s"))
+_INPUTS: Final = Sql(f"SELECT {texts('t', ['inputs'], LIMITS)} FROM tickets t WHERE t.id = :id AND t.state = 'ready'")
+_HAS_INPUTS: Final = Sql("SELECT 1 AS one FROM tickets t WHERE t.id = :id AND t.inputs = :inputs")
 _BUT_TICKETS: Final = (
     "AND (t.execution_mode = 'workflow' OR COALESCE(NULLIF(t.agent_id, ''), t.assignee_id, '') NOT IN ({})) "
 )
@@ -104,10 +106,17 @@ class Candidate:
 
     row: Row
     is_step: bool
+    refused: str | None = None  # what is wrong with its inputs; then the row is without its long texts
 
     @property
     def in_workflow(self) -> bool:
         return self.is_step and self.row.definition is not None
+
+    def work(self) -> Work:
+        """Of a ticket. Raises BadRow."""
+        if self.refused is not None:
+            raise BadRow(self.refused)
+        return validation.read(self.row)
 
     def ticket_id(self) -> object:
         return self.row.ticket_id if self.is_step else self.row.id
@@ -170,6 +179,12 @@ def first(
     return found, bool(cut)
 
 
+def inputs(tx: Tx, ticket_id: str) -> object:
+    """Of a ready ticket, as they are."""
+    found = tx.first(_INPUTS, id=ticket_id)
+    return found.inputs if found is not None else None
+
+
 def _whole(tx: Tx, rows: Sequence[Row], limit: int, pace: Pace | None) -> tuple[list[Candidate], Candidate | None]:
     """Those of these ready tickets whose turn it is; and the last one that was looked at, if others may follow."""
     found, left, put_off = list[Candidate](), MOST_CHARS, False
@@ -179,6 +194,13 @@ def _whole(tx: Tx, rows: Sequence[Row], limit: int, pace: Pace | None) -> tuple[
             if pace is not None and pace.puts_off(row.id, one.turn()):
                 put_off = True
                 continue
+            if pace is not None and row.inputs is None:
+                if (look := pace.look(row.id)) is None:
+                    put_off = True
+                    continue
+                if look.error is not None and tx.first(_HAS_INPUTS, id=row.id, inputs=look.inputs) is not None:
+                    found.append(Candidate(row, is_step=False, refused=look.error))
+                    continue
             if (read := tx.first(READY_TICKET, id=row.id)) is None:
                 continue
             one = Candidate(read, is_step=False)
