@@ -140,15 +140,17 @@ BROKEN = {
 async def test_an_engine_finds_large_broken_inputs_before_it_takes_the_ticket(plain: Bench) -> None:
     """As it does with small ones. What is right is read once."""
     agent = await plain.agent(WRITE + "out(len(json.load(open('input.json'))['inputs']['x']))")
-    async with Values() as values, serving(plain, fault=values.fault):
+    async with Values() as values, serving(plain, inputs_fault=values.fault):
         for name, inputs in BROKEN.items():
             plain.insert(name, agent.id, inputs=inputs)
         plain.insert("large", agent.id, inputs=json.dumps({"x": [[]] * 500_000}))
+        plain.insert("blank", ECHO_AGENT_ID, inputs=" " * 1_500_000)
         plain.insert("small", agent.id, inputs='{"x": [1]}')
-        assert await ended(plain, "small", "large", *BROKEN) == ["done", "done", *["failed"] * len(BROKEN)]
+        good = ("small", "large", "blank")
+        assert await ended(plain, *good, *BROKEN) == [*["done"] * len(good), *["failed"] * len(BROKEN)]
         assert len(values.pids) == 1
     assert (await plain.store.ticket("large")).outputs == "500000"
-    assert plain.sql("SELECT count(*) FROM attempts") == [(2,)]
+    assert plain.sql("SELECT count(*) FROM attempts") == [(3,)]
     for name, inputs in BROKEN.items():
         with pytest.raises(BadRow) as error:
             validation.parsed_inputs(inputs)

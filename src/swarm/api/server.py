@@ -27,7 +27,7 @@ log = logger(__name__)
 
 # How long running requests may take when the server stops.
 GRACE_SECONDS: Final = 10
-_UNREAD_SECONDS: Final = 1.0  # then, each time, for answers that their clients don't read
+_UNREAD_SECONDS: Final = 0.5  # between two looks at answers that their clients don't read
 HEAD_SECONDS: Final = 10.0
 STALLED_SECONDS: Final = 60.0  # in which a client takes nothing of its answer
 PING_SECONDS: Final = 20.0  # between two that a WebSocket's client has to answer
@@ -250,14 +250,17 @@ def _tell_when_exhausted() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any
 
 
 async def _drop_unread(server: uvicorn.Server) -> None:
-    """Connections whose client doesn't read what is sent to it, such as a stream of events: nothing would end them.
-    Again and again, since an answer may have begun to wait for its client only now."""
+    """Connections whose client has read nothing of what is sent to it since the last look: nothing would end a stream
+    of events. Again and again, since an answer may have begun to wait for its client only now."""
+    before: dict[Any, int] = {}
     while True:
         await asyncio.sleep(_UNREAD_SECONDS)
-        for connection in list(server.server_state.connections):
-            transport = connection.transport
-            if transport is not None and transport.get_write_buffer_size():
+        transports = [one.transport for one in server.server_state.connections if one.transport is not None]
+        unread = {one: size for one in transports if (size := one.get_write_buffer_size())}
+        for transport, size in unread.items():
+            if before.get(transport) == size:
                 transport.abort()
+        before = unread
 
 
 async def _ended(task: asyncio.Task[None]) -> None:

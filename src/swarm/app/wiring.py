@@ -445,5 +445,5 @@ async def dispatcher(
             store=opened, worker=ours, wake=wake, max_vms=max_vms, memory=memory, grace_seconds=grace_seconds,
             disk=Disk(dir=settings.state_dir, used_bytes=None if settings.driver == "process" else used),
             scheduler=Scheduler(store=opened, evaluator=opened.jail), sandboxes=sandboxes, info=info, ended=ended,
-            fault=parts.values.fault,
+            inputs_fault=parts.values.fault,
         )  # fmt: skip

@@ -44,10 +44,12 @@ def lower(pid: int, by: int) -> None:
     Linux first shares the CPUs out between sessions, where cgroups don't (sched(7), "The autogroup feature"), and a
     nice value counts within a session only. So the process's session gets the same value, unless it is also ours.
     """
-    with suppress(OSError, ValueError):  # it has ended; or the kernel does not do that
-        nice = min(os.getpriority(os.PRIO_PROCESS, 0) + by, LOWEST)
+    nice = min(os.getpriority(os.PRIO_PROCESS, 0) + by, LOWEST)
+    with suppress(OSError):  # it has ended
         for thread in Path(f"/proc/{pid}/task").iterdir():  # on Linux a priority belongs to a thread
-            os.setpriority(os.PRIO_PROCESS, int(thread.name), nice)
+            with suppress(OSError):  # and this one
+                os.setpriority(os.PRIO_PROCESS, int(thread.name), nice)
+    with suppress(OSError, ValueError):  # not every kernel has it, and takes only ten a second from others than root
         if os.getsid(pid) == pid or os.getsid(pid) != os.getsid(0):
             ours = int(Path("/proc/self/autogroup").read_text().rpartition(" ")[2])
             Path(f"/proc/{pid}/autogroup").write_text(str(min(ours + by, LOWEST)))

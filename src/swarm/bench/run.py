@@ -207,7 +207,7 @@ async def _serving(
             memory=None,
             grace_seconds=60,
             ended=ended,
-            fault=values.fault,
+            inputs_fault=values.fault,
         )
         serving = asyncio.create_task(dispatcher.run())
         try:

@@ -14,6 +14,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +64,8 @@ class _ClaimRequest:
 
 
 class Dispatcher:
-    """Serves tickets with one Worker until `stop`. ``ended`` is called after each attempt. ``fault`` says what is
-    wrong with large inputs, if anything; without it, their attempts find out."""
+    """Serves tickets with one Worker until `stop`. ``ended`` is called after each attempt.
+    ``inputs_fault`` says what is wrong with large inputs; without it, their attempts find out."""
 
     def __init__(
         self,
@@ -80,7 +81,7 @@ class Dispatcher:
         sandboxes: Sandboxes | None = None,
         info: Mapping[str, object] | None = None,
         ended: Callable[[Ended], None] = lambda _: None,
-        fault: Callable[[str], Awaitable[str | None]] | None = None,
+        inputs_fault: Callable[[str], Awaitable[str | None]] | None = None,
     ) -> None:
         self._store = store
         self._worker = worker
@@ -94,7 +95,7 @@ class Dispatcher:
         if sandboxes is not None:
             sandboxes.room = self._room
         self._info = dict(info or {})
-        self._ended, self._fault_of = ended, fault
+        self._ended, self._inputs_fault = ended, inputs_fault
         self._tasks: set[asyncio.Task[None]] = set()
         self._request: _ClaimRequest | None = None
         self._finishing: set[str] = set()  # running tasks' attempts whose VM is gone
@@ -155,7 +156,9 @@ class Dispatcher:
             if self.sandboxes.most:
                 loops.append(self.sandboxes.renewing)
                 until_stop.append(self.sandboxes.claiming)
-        looking = contextlib.nullcontext() if self._fault_of is None else self._store.looking_by(self._fault_in)
+        looking: AbstractAsyncContextManager[None] = contextlib.nullcontext()
+        if self._inputs_fault is not None:
+            looking = self._store.looking_by(self._inputs_fault, looked=self._claim_again)
         async with self._worker.supervised(), looking:
             tasks = [asyncio.create_task(self._guarded(loop)) for loop in loops]
             # Other engines, or the next one, do what comes due from a stop on.
@@ -237,13 +240,9 @@ class Dispatcher:
         self.waits_for = _DRAINING if self.draining else f"a VM: all {self.max_vms} are in use"
         return None
 
-    async def _fault_in(self, inputs: str) -> str | None:
-        assert self._fault_of is not None
-        try:
-            return await self._fault_of(inputs)
-        finally:
-            self._more = True
-            self._look.set()
+    def _claim_again(self) -> None:
+        self._more = True
+        self._look.set()
 
     def _has_room(self) -> bool:
         ends = self.stopping or self.draining or self._fault is not None

@@ -208,13 +208,15 @@ class _Answers:
 
     def to(self, task: str, arguments: tuple[Any, ...]) -> list[bytes]:
         kept, self._read = self._read, None
-        if task == "read":
-            self._read = arguments[0], read(arguments[0])
-            return []
+        if task == "input_json" and kept is not None and kept[0] == arguments[0].inputs:
+            return input_json(arguments[0], kept[1])
+        del kept  # its memory is needed
+        if task == "input_json":
+            return input_json(*arguments)
         if task == "outputs":
             return outputs(*arguments)
-        [claim] = arguments
-        return input_json(claim, kept[1] if kept is not None and kept[0] == claim.inputs else None)
+        self._read = arguments[0], read(arguments[0])
+        return []
 
 
 _answers: Final = _Answers()

@@ -132,13 +132,66 @@ async def test_a_look_that_fails_or_ends_early_keeps_no_ticket(store: Store, out
     await until_claimed(store, "next")
 
 
-async def test_nobody_looks_at_what_is_small_or_no_text(store: Store, outside: Outside) -> None:
+async def test_each_in_its_turn_with_one_look(store: Store, outside: Outside) -> None:
+    """Also while the engine is full for longer than a look takes, and whatever is put behind them meanwhile."""
+    look = Looker()
+    for number in range(6):
+        insert(outside, f"t{number}", inputs=LARGE.replace("y", str(number)), priority=9 - number)
+    began = list[str]()
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        looked = asyncio.Event()
+        async with store.looking_by(look, looked=looked.set):
+            while len(began) < 6:
+                found = [claim.ticket.id for claim in await store.claim("w", lease_seconds=LEASE)]
+                began += found
+                if not found:
+                    await looked.wait()
+                    looked.clear()
+    assert began == [f"t{number}" for number in range(6)]
+    assert len(look.asked) == 6
+
+
+async def test_one_at_a_time_however_many(store: Store, outside: Outside) -> None:
     look = Looker("inputs are bad")
-    insert(outside, "long-description", description="y" * 1_500_000, inputs='{"x": 1}')
+    look.may_answer.clear()
+    for number in range(5):
+        insert(outside, f"t{number}", inputs=LARGE)
     async with store.looking_by(look):
-        await until_claimed(store, "long-description")
-        assert look.asked == []
-        if not outside.typed:  # a BLOB, as by the shell's readfile(): its attempt reads it
-            insert(outside, "blob", inputs=LARGE.encode())
-            await until_claimed(store, "blob")
+        for _ in range(5):
+            assert await claimed(store) == []
+        await look.begun.wait()
+        assert len(look.asked) == 1
+        look.may_answer.set()
+        for number in range(5):
+            await until_failed(store, f"t{number}")
+    assert len(look.asked) == 5
+
+
+async def test_inputs_that_no_claim_would_take_are_not_read(store: Store, outside: Outside) -> None:
+    look = Looker()
+    insert(outside, "t", inputs='{"x": "' + "y" * (16 << 20) + '"}')
+    async with store.looking_by(look):
+        assert "the limit is 16,777,216" in await until_failed(store, "t")
+    assert look.asked == []
+
+
+@pytest.mark.parametrize("inputs", [None, '{"x": 1}'])
+async def test_long_texts_with_small_inputs_begin_at_once(store: Store, outside: Outside, inputs: str | None) -> None:
+    look = Looker("inputs are bad")
+    insert(outside, "t", description="y" * 1_500_000, inputs=inputs)
+    async with store.looking_by(look):
+        assert await claimed(store) == ["t"]
+    assert look.asked == []
+
+
+async def test_a_blob_is_left_to_its_attempt(store: Store, outside: Outside) -> None:
+    """As the shell's readfile() gives one."""
+    if outside.typed:
+        pytest.skip("the column takes texts only")
+    look, looked = Looker("inputs are bad"), asyncio.Event()
+    insert(outside, "t", inputs=LARGE.encode())
+    async with store.looking_by(look, looked=looked.set), asyncio.timeout(PATIENCE_SECONDS):
+        assert await claimed(store) == []
+        await looked.wait()
+        assert await claimed(store) == ["t"]
     assert look.asked == []

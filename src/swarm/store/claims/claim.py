@@ -283,7 +283,7 @@ class _ClaimTransaction:
             self.changes.cancel_runs([row.run_id], error=str(error))
         else:
             self._end_former(row)
-            self.claimer.pace.note(self.tx, max(row.size, chars(row)))
+            self.claimer.pace.note(self.tx, max(ready.size(row), chars(row)))
         fail_row(self.changes, row, str(error))
 
     def _fail_step(self, row: Row, error: str) -> None:  # in a workflow: its run decides what follows
@@ -368,7 +368,7 @@ class _ClaimTransaction:
         self._start_ticket(row, ticket.id, run_id)
 
     def _start_ticket(self, row: Row, ticket_id: str, run_id: str) -> None:
-        self.claimer.pace.note(self.tx, row.size)
+        self.claimer.pace.note(self.tx, ready.size(row))
         self.changes.add(START_TICKET, id=ticket_id, run_id=run_id, now=self.tx.now)
         self.changes.transition("ticket", TicketState.READY, TicketState.IN_PROGRESS, ticket_id=ticket_id)
 

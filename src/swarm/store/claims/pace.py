@@ -27,56 +27,57 @@ MOST: Final = 512  # put off; those behind them take their turn
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """At a ticket's ``inputs``; ``error`` says what is wrong with them. Without both, nothing was found out."""
+    """At a ticket's inputs. ``error``: what is wrong with these ``inputs``; None: nothing, for all that is known."""
 
-    ticket_id: str
-    inputs: str | None = None
     error: str | None = None
+    inputs: str | None = None
+
+
+NOTHING: Final = Look()
 
 
 class Pace:
-    """For one process, on the writing thread. Forgetting it would do no harm. ``looks``: there is somebody who looks at
-    inputs, and calls `to_look_at` and `looked`, on any thread."""
+    """For one process, on the writing thread; but `in_hand`, `looked` and `due` are for the event loop's. Forgetting it
+    would do no harm. ``looks``: somebody looks at the inputs of ``in_hand``, and then calls `looked`."""
 
     def __init__(self) -> None:
         self.looks = False
-        self._wanted = dict[str, bool]()  # tickets whose inputs are to be looked at; True: that has begun
-        self._look: Look | None = None  # the last one
+        self.in_hand: str | None = None  # the ticket whose inputs are to be looked at
+        self._looks = dict[str, Look]()  # by ticket, the oldest first
         self._until = 0.0
         self._small_at = -OTHERS_SECONDS
         self._put_off: dict[str, tuple[float, str]] = {}
 
     def left_out(self) -> tuple[str, ...]:
         """The ids of those that were put off. Once the pause is over, the first of them may begin."""
-        if self._put_off and self._left() <= 0:
+        in_hand = self.in_hand
+        if self._put_off and self._left() <= 0 and in_hand is None:
             del self._put_off[min(self._put_off, key=self._put_off.__getitem__)]
-        return *self._put_off, *(tuple(self._wanted) if self.looks else ())
+        return *self._put_off, *([in_hand] if in_hand is not None else [])
 
     def puts_off(self, id: str, turn: tuple[float, str]) -> bool:
-        """Is this large ticket left to a later claim?"""
-        if self._left() <= 0 or len(self._put_off) >= MOST:
+        """Is this large ticket left to a later claim? Before a look at it, others are looked at in their turn."""
+        waits = self._left() > 0
+        if self.looks and id not in self._looks:
+            waits |= self.in_hand is not None or any(other < turn for other in self._put_off.values())
+        if not waits or len(self._put_off) >= MOST:
             return False
         self._put_off[id] = turn
         return True
 
     def look(self, id: str) -> Look | None:
-        """What was found at this ticket; None: it is left to a later claim, since it is to be looked at first."""
+        """What was found in this ticket's inputs. None: it is left to a later claim, since they are looked at first."""
         if not self.looks:
-            return Look(ticket_id=id)
-        if (look := self._look) is not None and look.ticket_id == id:
-            return look
-        self._wanted.setdefault(id, False)
-        return None
+            return NOTHING
+        if (look := self._looks.get(id)) is None and self.in_hand is None:
+            self.in_hand = id
+            return None
+        return look or NOTHING
 
-    def to_look_at(self) -> list[str]:
-        """Each id once."""
-        found = [id for id, begun in tuple(self._wanted.items()) if not begun]
-        self._wanted.update(dict.fromkeys(found, True))
-        return found
-
-    def looked(self, look: Look) -> None:
-        self._look = look
-        self._wanted.pop(look.ticket_id, None)
+    def looked(self, id: str, look: Look) -> None:
+        good = [one for one, found in self._looks.items() if found.error is None]  # the inputs of one are kept at most
+        self._looks = dict.fromkeys(good[-MOST:], NOTHING) | {id: look}
+        self.in_hand = None
 
     def note(self, tx: Tx, size: int) -> None:
         """A ticket of this size begins, or is refused."""
@@ -89,7 +90,7 @@ class Pace:
 
     def due(self, due: Due) -> Due:
         """Of those that were put off, the first may begin when the pause is over."""
-        if not self._put_off:
+        if not self._put_off or self.in_hand is not None:
             return due
         left_ms = max(0.0, self._left() * 1000)
         return replace(due, next_ms=left_ms if due.next_ms is None else min(left_ms, due.next_ms))

@@ -20,15 +20,16 @@ from swarm.store.sql.reads import Read, filled
 from swarm.store.sql.rows import LONG, TICKET_FIELDS
 from swarm.store.sql.transaction import Row, Tx
 from swarm.store.tickets import places, validation
-from swarm.store.tickets.validation import LIMITS, REFUSED, BadRow, Work
+from swarm.store.tickets.validation import LIMITS, MAX_BYTES, REFUSED, BadRow, Work
 
 # Rows with more text than this are enough for one transaction: it writes each as a whole, and all others wait.
 MOST_CHARS: Final = 2 << 20
 # length() of a text would count its characters, up to the first NUL.
 _BYTES: Final = "COALESCE(/*-*/length(CAST(t.{0} AS BLOB))/*-*//*+ octet_length(t.{0}) */, 0)"
-_SIZE: Final = " + ".join(_BYTES.format(name) for name in LONG)
+_OTHERS: Final = " + ".join(_BYTES.format(name) for name in LONG if name != "inputs")
 # live_run: set when another tool made the ticket ready again while it ran.
-_READY: Final = f"""SELECT {{}}, {_SIZE} AS size, {too_long("t", REFUSED)} AS too_long,
+_READY: Final = f"""SELECT {{}}, {_BYTES.format("inputs")} AS inputs_bytes, {_OTHERS} AS other_bytes,
+    {too_long("t", REFUSED)} AS too_long,
     (SELECT max(r.id) FROM workflow_runs r
     WHERE r.ticket_id = t.id AND r.status IN ('running', 'waiting') AND r.root_run_id IS NULL) AS live_run,
     t.waits_for FROM tickets t WHERE t.state = 'ready' """
@@ -179,6 +180,11 @@ def first(
     return found, bool(cut)
 
 
+def size(row: Row) -> int:
+    """Bytes of a ready ticket's long texts."""
+    return int(row.inputs_bytes + row.other_bytes)
+
+
 def inputs(tx: Tx, ticket_id: str) -> object:
     """Of a ready ticket, as they are."""
     found = tx.first(_INPUTS, id=ticket_id)
@@ -190,11 +196,11 @@ def _whole(tx: Tx, rows: Sequence[Row], limit: int, pace: Pace | None) -> tuple[
     found, left, put_off = list[Candidate](), MOST_CHARS, False
     for row in rows:
         one = Candidate(row, is_step=False)
-        if row.size >= LARGE and has_clean_id(row.id):
+        if size(row) >= LARGE and has_clean_id(row.id):
             if pace is not None and pace.puts_off(row.id, one.turn()):
                 put_off = True
                 continue
-            if pace is not None and row.inputs is None:
+            if pace is not None and LARGE <= row.inputs_bytes <= MAX_BYTES["inputs"]:
                 if (look := pace.look(row.id)) is None:
                     put_off = True
                     continue
@@ -204,7 +210,7 @@ def _whole(tx: Tx, rows: Sequence[Row], limit: int, pace: Pace | None) -> tuple[
             if (read := tx.first(READY_TICKET, id=row.id)) is None:
                 continue
             one = Candidate(read, is_step=False)
-            left -= row.size
+            left -= size(row)
         found.append(one)
         if left < 0 and pace is not None:
             return found, one

@@ -195,14 +195,14 @@ def read_inputs(text: str | None) -> str:
 
 
 def parsed_inputs(text: str) -> dict[str, Any]:
-    """Raises BadRow, as `read_inputs` does for a text of any length."""
-    return _parsed_object("inputs", text)
+    """What `read_inputs` takes, of any length. Raises BadRow."""
+    return _parsed_object("inputs", text) if text.strip() else {}
 
 
 def _read_object(name: str, text: str | None) -> str:
     if text is None or not text.strip():
         return "{}"
-    # A large one is read by its attempt, in a confined process: here, all others would wait for the write lock.
+    # A large one is read in a confined process: here, all others would wait for the write lock.
     if len(text) <= READ_BYTES:
         _parsed_object(name, text)
     return text
