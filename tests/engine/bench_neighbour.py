@@ -175,6 +175,11 @@ time.sleep(8)
 json.dump(1, open("output.json", "w"))
 """,
     ),
+    "computes": Kind(  # what sharing the CPUs takes, whatever the engine does
+        code=WRITE
+        + "until = time.monotonic() + 8\nwhile time.monotonic() < until: x = [[n] for n in range(300_000)]\n"
+        + "json.dump(1, open('output.json', 'w'))"
+    ),
     "channel headers": Kind(code="import json\n" + SEIZE),
 }
 
