@@ -167,6 +167,24 @@ async def test_one_at_a_time_however_many(store: Store, outside: Outside) -> Non
     assert len(look.asked) == 5
 
 
+async def test_those_that_were_withdrawn_keep_nobody_waiting(store: Store, outside: Outside) -> None:
+    look, looked = Looker(), asyncio.Event()
+    look.may_answer.clear()
+    for number in range(30):
+        insert(outside, f"t{number}", inputs=LARGE, priority=9)
+    async with store.looking_by(look, looked=looked.set), asyncio.timeout(PATIENCE_SECONDS):
+        assert await claimed(store) == []  # the first is looked at, the others are put off
+        outside.execute("UPDATE tickets SET state = 'cancelled'")
+        look.may_answer.set()
+        await looked.wait()
+        insert(outside, "next", inputs=LARGE)
+        looked.clear()
+        assert await claimed(store) == []
+        await looked.wait()
+        assert await claimed(store) == ["next"]
+    assert len(look.asked) == 2
+
+
 async def test_inputs_that_no_claim_would_take_are_not_read(store: Store, outside: Outside) -> None:
     look = Looker()
     insert(outside, "t", inputs='{"x": "' + "y" * (16 << 20) + '"}')

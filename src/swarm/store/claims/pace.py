@@ -11,6 +11,7 @@ once, not twice.
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
@@ -54,6 +55,14 @@ class Pace:
         if self._put_off and self._left() <= 0 and in_hand is None:
             del self._put_off[min(self._put_off, key=self._put_off.__getitem__)]
         return *self._put_off, *([in_hand] if in_hand is not None else [])
+
+    def waiting(self) -> tuple[str, ...]:
+        """Those that were put off, once the next one may begin."""
+        return tuple(self._put_off) if self._left() <= 0 and self.in_hand is None else ()
+
+    def keep(self, ids: Collection[str]) -> None:
+        """Of those that were put off, only these are still ready: nobody waits for the others."""
+        self._put_off = {id: turn for id, turn in self._put_off.items() if id in ids}
 
     def puts_off(self, id: str, turn: tuple[float, str]) -> bool:
         """Is this large ticket left to a later claim? Before a look at it, others are looked at in their turn."""

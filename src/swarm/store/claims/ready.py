@@ -57,6 +57,7 @@ WHERE s.status = 'ready' AND s.available_at IS NULL
   AND {IS_HERE}
   AND (:idle OR :drain AND s.queued_at <= :patient_since OR {suspects.LOSSES} < {suspects.SUSPECT_AFTER})"""
 READY_STEP: Final = Sql(_STEP + " AND r.ticket_id = :id LIMIT :limit" + _UNLOCKED.format("s"))
+_STILL_READY: Final = Sql("SELECT t.id FROM tickets t WHERE t.state = 'ready' AND t.id IN :ids")
 _INPUTS: Final = Sql(f"SELECT {texts('t', ['inputs'], LIMITS)} FROM tickets t WHERE t.id = :id AND t.state = 'ready'")
 _HAS_INPUTS: Final = Sql("SELECT 1 AS one FROM tickets t WHERE t.id = :id AND t.inputs = :inputs")
 _BUT_TICKETS: Final = (
@@ -159,6 +160,8 @@ def first(
     ``which``: values for READY_STEPS. ``pace``: None for all up to the limit, however long. ``but``: not of these
     kinds. ``marks``: those that wait for what this host has (`places`). ``expected``: what will likely be read next."""
     most = None if pace is None else MOST_CHARS
+    if pace is not None and (waiting := pace.waiting()):
+        pace.keep({row.id for row in tx.all_in(_STILL_READY, waiting)})
     of_tickets, of_steps = reads(which, limit=limit, steps=steps, pace=pace, but=but, marks=marks)
     found, cut = list[Candidate](), list[Candidate]()
     tx.ahead([*of_tickets, *of_steps, *expected])
