@@ -92,6 +92,7 @@ with ahead_of_others():
 
 
 AUTOGROUP = Path("/proc/self/autogroup")
+has_sessions = pytest.mark.skipif(not AUTOGROUP.exists(), reason="this kernel gives sessions no shares")
 BUSY = "import time\nprint(flush=True)\nwhile True: time.process_time()"
 
 
@@ -102,7 +103,7 @@ def nice_of(pid: int) -> set[int]:
 
 
 def session_nice(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/autogroup").read_text().split()[-1])
+    return int(Path(f"/proc/{pid}/autogroup").read_text().rpartition(" ")[2] or 0)
 
 
 @contextlib.contextmanager
@@ -148,6 +149,16 @@ def test_no_further_than_the_lowest_and_up_again() -> None:
         if os.geteuid() == 0:
             priority.lower(child.pid, 0)
             assert nice_of(child.pid) == nice_of(os.getpid())
+
+
+@has_sessions
+def test_init_s_session_has_no_value_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an engine or a CI runner is a child of init that began no session."""
+    (empty := tmp_path / "autogroup").touch()
+    monkeypatch.setattr(priority, "_OUR_SESSION", empty)
+    with busy() as child:
+        priority.lower(child.pid, 5)
+        assert session_nice(child.pid) == 5
 
 
 def test_one_that_has_ended_is_no_error() -> None:

@@ -13,6 +13,7 @@ BELOW_ENGINE: Final = 5
 BELOW_VMS: Final = 10  # for large values: who has small ones waits for their VM alone
 LOWEST: Final = 19
 
+_OUR_SESSION: Final = Path("/proc/self/autogroup")  # "/autogroup-25 nice 0"; empty for init's, the kernel's first
 _FIRST: Final = os.sched_param(1)
 _ORDINARY: Final = os.sched_param(0)
 
@@ -41,8 +42,8 @@ def ahead_of_others() -> Iterator[None]:
 def lower(pid: int, by: int) -> None:
     """Give a process a smaller share of the CPUs than this one has: ``by`` steps of nice(1), down to `LOWEST`.
 
-    Linux first shares the CPUs out between sessions, where cgroups don't (sched(7), "The autogroup feature"), and a
-    nice value counts within a session only. So the process's session gets the same value, unless it is also ours.
+    Many kernels first share the CPUs out between sessions (sched(7), "The autogroup feature"), and a nice value counts
+    within a session only. So the process's session gets the same value, unless it is also ours.
     """
     nice = min(os.getpriority(os.PRIO_PROCESS, 0) + by, LOWEST)
     with suppress(OSError):  # it has ended
@@ -51,5 +52,5 @@ def lower(pid: int, by: int) -> None:
                 os.setpriority(os.PRIO_PROCESS, int(thread.name), nice)
     with suppress(OSError, ValueError):  # not every kernel has it, and takes only ten a second from others than root
         if os.getsid(pid) == pid or os.getsid(pid) != os.getsid(0):
-            ours = int(Path("/proc/self/autogroup").read_text().rpartition(" ")[2])
-            Path(f"/proc/{pid}/autogroup").write_text(str(min(ours + by, LOWEST)))
+            ours = _OUR_SESSION.read_text().rpartition(" ")[2] or "0"
+            Path(f"/proc/{pid}/autogroup").write_text(str(min(int(ours) + by, LOWEST)))
