@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -83,7 +84,6 @@ async def test_stopped_and_started(hurt: Store, own_server: postgres_here.Server
     await works(hurt)
     own_server.stop()
     try:
-        await fails(hurt, "the connection to the database")
         for _ in range(2):
             await fails(hurt, "can't reach the database")
         with pytest.raises(StoreError, match="can't reach the database"):
@@ -92,6 +92,51 @@ async def test_stopped_and_started(hurt: Store, own_server: postgres_here.Server
     finally:
         own_server.start()
     await works(hurt)
+
+
+def _crashes(server: postgres_here.Server) -> None:
+    server.stop(signal.SIGQUIT)
+    server.start()
+
+
+def _restarts(server: postgres_here.Server) -> None:
+    server.stop()
+    server.start()
+
+
+def _cuts(server: postgres_here.Server) -> None:
+    with psycopg.connect(server.url(), autocommit=True) as admin:
+        admin.execute("SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+
+
+@pytest.mark.parametrize("does", [_crashes, _restarts, _cuts])
+async def test_what_a_server_does_between_two_calls_is_no_fault(
+    hurt: Store, own_server: postgres_here.Server, does: Callable[[postgres_here.Server], None]
+) -> None:
+    await works(hurt)
+    for _ in range(3):
+        does(own_server)  # not on a thread: a server ends with the one that started it
+        await works(hurt)
+        await hurt.claim("w", lease_seconds=LEASE)
+
+
+async def test_a_connection_that_is_well_is_kept(postgresql_url: str) -> None:
+    thread = ConnectionThread(Database(postgresql_url, busy_timeout_seconds=5.0), write=True)
+    try:
+        pids = [await thread.call(_pid) for _ in range(20)]
+        with pytest.raises(StoreError):
+            await thread.call(_fault)
+        assert {*pids, await thread.call(_pid)} == {pids[0]}
+    finally:
+        await thread.close()
+
+
+def _pid(tx: Tx) -> int:
+    return int(tx.all(Sql("SELECT pg_backend_pid() AS pid"))[0].pid)
+
+
+def _fault(tx: Tx) -> None:
+    raise StoreError("not the database's")
 
 
 async def test_no_connection_is_left(hurt: Store, own_server: postgres_here.Server) -> None:

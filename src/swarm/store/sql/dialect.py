@@ -107,6 +107,7 @@ class Dialect:
     # and whether it is a statement for each row, to be prepared; else it is one for all.
     changes: Callable[[Any, str, Sequence[Mapping[str, Any]], bool], tuple[str, Sequence[Any], bool]] | None
     connect: Callable[[str, bool, float], Any]  # (URL, will write, busy timeout in seconds): the driver's connection
+    is_stale: Callable[[Any], bool]  # (driver's connection, in no transaction): was it lost since its last use?
     # (URL, also commits that only add events). Raises StoreError
     watching: Callable[[str, bool], AbstractAsyncContextManager[Wake]]
     file: Callable[[str], Path | None]  # of a URL. None: this database is not a file. Raises UsageError

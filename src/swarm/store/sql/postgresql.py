@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+import select
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractAsyncContextManager
@@ -262,6 +263,16 @@ def _explain(error: BaseException) -> str | None:
     return None
 
 
+def _is_stale(connection: Any) -> bool:
+    """A server that was asked nothing says nothing but that it ends the connection."""
+    poller = select.poll()
+    try:
+        poller.register(connection.pgconn.socket, select.POLLIN)
+    except psycopg.Error:  # it is closed
+        return True
+    return bool(poller.poll(0))
+
+
 def _is_locked(error: BaseException | None) -> bool:
     return isinstance(error, errors.SerializationFailure | errors.DeadlockDetected | errors.LockNotAvailable)
 
@@ -359,4 +370,5 @@ POSTGRESQL: Final = Dialect(
     driver_error=psycopg.Error,
     explain=_explain,
     is_locked=_is_locked,
+    is_stale=_is_stale,
 )

@@ -209,4 +209,5 @@ SQLITE: Final = Dialect(
     driver_error=sqlite3.Error,
     explain=_explain,
     is_locked=_is_locked,
+    is_stale=lambda connection: False,
 )

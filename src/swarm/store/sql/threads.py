@@ -366,6 +366,8 @@ class ConnectionThread:
             return error
 
     def _open(self, *, check: bool) -> Connection:
+        if self._connection is not None and self._database.dialect.is_stale(self._connection.driver):
+            self._drop()
         if self._connection is None:
             if check and not self._database.exists():
                 raise StoreError(f"the database {self._database.place} does not exist; run `swarm init`")
