@@ -102,6 +102,10 @@ def nice_of(pid: int) -> set[int]:
     return threads | ({session_nice(pid)} if AUTOGROUP.exists() else set())
 
 
+def below_ours(by: int) -> set[int]:
+    return {min(nice + by, priority.LOWEST) for nice in nice_of(os.getpid())}
+
+
 def session_nice(pid: int) -> int:
     return int(Path(f"/proc/{pid}/autogroup").read_text().rpartition(" ")[2] or 0)
 

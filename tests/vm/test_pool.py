@@ -28,7 +28,7 @@ from swarm.vm.launcher import Assignment, Launcher, LiveVm
 from swarm.vm.pool import Pool, PoolStatus
 from swarm.vm.slots.inventory import MAX_SLOT
 from swarm.vm.slots.slot_pool import SlotPool
-from tests.base.test_priority import nice_of
+from tests.base.test_priority import below_ours, nice_of
 from tests.conftest import PATIENCE_SECONDS
 
 qemu = pytest.mark.needs("qemu")
@@ -106,10 +106,10 @@ async def test_vms_yield_to_the_engine_and_ready_ones_to_used_ones(launcher: Lau
     async with Pool(launcher, warm=1, specs=[spec]) as pool:
         await pool.filled()
         waiting = status_of(pool).ready[0].pid
-        assert nice_of(waiting) == {priority.LOWEST}
+        assert nice_of(waiting) == below_ours(priority.LOWEST)
         async with a_vm(launcher, spec) as taken:
             assert taken.vm.pid == waiting
-            assert nice_of(waiting) == {priority.BELOW_ENGINE}
+            assert nice_of(waiting) == below_ours(priority.BELOW_ENGINE)
 
 
 @qemu
