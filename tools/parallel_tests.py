@@ -73,7 +73,7 @@ def run(argv: list[str], caches: Path) -> int:
     sandboxes = {
         name: start([*argv, *keeping(caches / name), *tests], urgent=name == URGENT) for name, tests in SHARES.items()
     }
-    terminal = sys.stdin.isatty()
+    terminal = os.isatty(0)  # sys.stdin may be None: closed
 
     def forward(number: int, _frame: object) -> None:
         if number == signal.SIGINT and terminal:
