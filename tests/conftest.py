@@ -26,6 +26,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Generator, Iterator
@@ -125,6 +126,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: starts programs, or tries very many cases; not in `make test-quick`")
     if SANDBOX and not config.option.basetemp:  # short, since Unix sockets live below it; removed with the sandbox
         config.option.basetemp = Path(SANDBOX) / "t"
+    os.umask(0o022)  # files of the tests stand for those of any user; tests of other umasks set them
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # a process keeps something open of each database
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 1 << 16)), hard))
     gc.disable()  # thousands of tests are no garbage: to look for some takes a third of the time to collect them
 
 

@@ -122,14 +122,15 @@ async def test_a_server_without_descriptors_says_so_and_goes_on(settings: Settin
         async with httpx.AsyncClient(timeout=60) as client:  # it has begun
             assert (await client.get(f"{url}/healthz")).status_code == 200
             assert b"server serves" in await process.stderr.readline()
-        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, 4096))
+        before = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, before[1]))
         waiting = [socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) for _ in range(3)]
         said = b""
         while b"no connection can be accepted" not in (line := await process.stderr.readline()):
             assert line, said
             said += line
         assert b"Too many open files" in line
-        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (4096, 4096))
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, before)
         async with httpx.AsyncClient(timeout=60) as client:
             assert (await client.get(f"{url}/healthz")).status_code == 200
         for each in waiting:

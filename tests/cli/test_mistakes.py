@@ -43,7 +43,7 @@ for argv, settings in json.loads(sys.argv[1]):
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         out.seek(0)
-        print(json.dumps([status, out.read()]))
+        print(json.dumps([status, out.read()]), flush=True)  # else the next copy writes it too
 """
 LINES: list[tuple[str, dict[str, str], str]] = [
     ("swarm prune --older-than 99999999d", {}, "'99999999d' is not an age up to a century: write"),
