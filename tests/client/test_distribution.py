@@ -28,7 +28,8 @@ def as_nobody(place: Path) -> list[str]:
     """What runs a Python as a user who may write nothing but ``place``, if there is one that such a user may start."""
     nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs"]
     # setpriv starts it with rights that its children don't have.
-    probe = "import subprocess, sys, venv, tomllib; subprocess.run([sys.executable, '-c', 'import pip'], check=True)"
+    its = "subprocess.run([sys.executable, '-c', 'import pip, httpx'], check=True)"
+    probe = f"import subprocess, sys, venv, tomllib; {its}"
     for python in (sys.executable, "/usr/bin/python3"):
         asked = [*nobody, python, "-c", probe]
         if subprocess.run(asked, cwd="/", env={"PYTHONPATH": HERE}, capture_output=True).returncode == 0:
