@@ -51,6 +51,12 @@ REQUIRED = frozenset(filter(None, os.environ.get("SWARM_REQUIRE", "").split(",")
 SANDBOX = os.environ.get("SWARM_SANDBOX", "")
 PATIENCE_SECONDS = 300.0  # for what surely happens, in a VM on a slow and busy machine too
 
+# By these, programs that tests start would print or do something else: a CI runner's, a user's, a git hook's.
+FOREIGN = (
+    *("FORCE_COLOR", "NO_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "PYTHONWARNINGS"),
+    *("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"),
+)
+
 # How fast inputs are made and tried says something about the machine, and nothing about what is tested.
 hypothesis.settings.register_profile(
     "swarm", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
@@ -126,6 +132,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: starts programs, or tries very many cases; not in `make test-quick`")
     if SANDBOX and not config.option.basetemp:  # short, since Unix sockets live below it; removed with the sandbox
         config.option.basetemp = Path(SANDBOX) / "t"
+    for name in FOREIGN:
+        os.environ.pop(name, None)
     os.umask(0o022)  # files of the tests stand for those of any user; tests of other umasks set them
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # a process keeps something open of each database
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 1 << 16)), hard))
